@@ -1,0 +1,53 @@
+# Two commands are enough to begin: `make run` and `make test`. Everything else is below.
+PYTHON ?= python3.11
+CORPUS ?= voicesearch
+PROFILE ?= quick
+BIN = .venv/bin
+export PYTHONUNBUFFERED = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality base clean lock
+
+setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
+
+.venv/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name voicelab >/dev/null
+	touch $@
+
+run: setup ## the whole life cycle on the default corpus, then the application on http://127.0.0.1:8000
+	$(BIN)/voicelab cycle --corpus voicesearch --profile $(PROFILE)
+	$(BIN)/voicelab serve
+
+cycle: setup ## the whole life cycle: make cycle CORPUS=an4 PROFILE=full
+	$(BIN)/voicelab cycle --corpus $(CORPUS) --profile $(PROFILE)
+
+serve: setup ## the application with the champion
+	$(BIN)/voicelab serve
+
+lab: setup ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+test: setup ## everything that CI runs: repository rules, notebooks, rooms, and the quick cycles
+	$(BIN)/pytest tests
+
+base: setup ## make the base model again (hours): voicelab/base
+	$(BIN)/voicelab phase 0_base
+
+bench: bench-cycle bench-quality ## all benchmarks
+
+bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
+	$(BIN)/python tests/bench_cycle.py
+
+bench-quality: setup ## WER on unheard people, AN4's test set among them, into reports/benchmarks/quality.json
+	$(BIN)/python tests/bench_quality.py
+
+lock: ## pin everything again, from requirements.in
+	$(BIN)/uv pip compile -q requirements.in -o requirements.lock --python-version 3.11
+	$(BIN)/uv pip compile -q requirements-serve.in -o requirements-serve.lock --python-version 3.11
+
+clean: ## working state and reports of runs; the environment stays
+	rm -rf var reports/*-quick reports/*-full

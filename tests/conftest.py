@@ -1,0 +1,51 @@
+"""What several tests need: a working state of their own, a model in its registry, a running server."""
+import os
+from pathlib import Path
+
+import pytest
+
+from voicelab.core import package_path
+from voicelab.export import export_bundle, toy_bundle
+from voicelab.registry import Registry
+
+
+@pytest.fixture(scope="session")
+def base_bundle(tmp_path_factory) -> Path:
+    "The base model, exported."
+    from voicelab.model import load_model
+    if not (package_path("base") / "model.pt").exists(): pytest.skip("voicelab/base has no model yet")
+    return export_bundle(load_model(package_path("base")), tmp_path_factory.mktemp("base") / "bundle", dict(name="base"))
+
+
+def state_with(bundle, home: Path) -> Path:
+    "A working state whose champion is this bundle."
+    registry = Registry(home / "registry")
+    registry.promote("voicesearch", registry.register("voicesearch", bundle), "tests", "to have a model")
+    return home
+
+
+@pytest.fixture(scope="session")
+def toy_home(tmp_path_factory) -> Path:
+    "A working state whose champion reads tones as letters: instant, and its texts are known."
+    home = tmp_path_factory.mktemp("toy")
+    return state_with(toy_bundle(home / "bundle"), home)
+
+
+@pytest.fixture(scope="session")
+def base_home(base_bundle, tmp_path_factory) -> Path:
+    "A working state whose champion is the base model."
+    return state_with(base_bundle, tmp_path_factory.mktemp("basehome"))
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    "The folder of corpora; tests on recordings of people are skipped without it."
+    folder = os.environ.get("VOICELAB_CORPORA", "")
+    if not (Path(folder) / "an4" / "train.jsonl").is_file(): pytest.skip("AN4 is not found under VOICELAB_CORPORA")
+    return Path(folder)
+
+
+ORDER = ["test_repo", "test_cli", "test_train", "test_notebooks"]  # fast ones first; the whole cycle last
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: (i.path.stem == "test_cycle", ORDER.index(i.path.stem) if i.path.stem in ORDER else len(ORDER)))

@@ -1,0 +1,75 @@
+"""The command line as a user meets it: exit codes, one line on bad input, JSON that programs can read."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voicelab.audio import write_wav
+from voicelab.export import toy_tones
+
+VOICELAB = Path(sys.executable).parent / "voicelab"
+
+
+def run(*args, home=None, env=None, cwd=None):
+    return subprocess.run([VOICELAB, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=cwd,
+                          env=dict(os.environ, **({"VOICELAB_HOME": str(home)} if home else {}), **(env or {})))
+
+
+@pytest.mark.parametrize("args, said", [
+    (["fly"], "invalid choice: 'fly'"),
+    (["transcribe", "no.wav"], "no file no.wav"),
+    (["evaluate", "nothing"], "nothing"),
+    (["models", "promote", "7", "--reason", "x"], "no model 'voicesearch'"),
+    (["phase", "3_train", "-p", "colour=red"], "has no parameter 'colour'"),
+    (["phase", "3_train", "-p", "seed=many"], "parameter seed is 'many'; it must be int"),
+    (["cycle", "-p", "colour=red"], "no phase has the parameter 'colour'"),
+    (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
+    (["train", "--manifest", "an4", "--out", "x", "-p", "epochs=0"], "epochs is 0"),
+])
+def test_bad_input_is_one_line_and_exit_2(args, said, tmp_path):
+    done = run(*args, home=tmp_path)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_bad_setting(tmp_path):
+    done = run("serve", home=tmp_path, env=dict(VOICELAB_PORT="eighty"))
+    assert done.returncode == 2 and done.stderr.startswith("error: setting VOICELAB_PORT is 'eighty'; it must be int"), done.stderr
+
+
+def test_transcribe_json(toy_home, tmp_path):
+    "`transcribe --json` prints one list, in the order given, with word times inside the clip."
+    files = []
+    for i, text in enumerate(["abc", "fed", "h"]):
+        files.append(tmp_path / f"{i}.wav")
+        write_wav(files[-1], toy_tones(text))
+    done = run("transcribe", *files[::-1], "--json", home=toy_home)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [r["file"] for r in rows] == [str(f) for f in files[::-1]]
+    assert [r["text"] for r in rows] == ["h", "fed", "abc"]
+    for r in rows:
+        assert r["model"] == "voicesearch@1" and 0 <= r["confidence"] <= 1
+        assert all(0 <= w["start"] < w["end"] <= r["duration"] and 0 <= w["confidence"] <= 1 for w in r["words"])
+
+
+def test_evaluate_manifest(toy_home, tmp_path):
+    "A wrong label counts as an error: the rate is that of the manifest, not of the model's opinion."
+    rows = []
+    for i, (said, label) in enumerate([("abc", "abc"), ("fed", "fed"), ("h", "g")]):
+        write_wav(tmp_path / f"{i}.wav", toy_tones(said))
+        rows.append(dict(audio_filepath=f"{i}.wav", duration=1.0, text=label, speaker="s"))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("evaluate", tmp_path / "m.jsonl", "--json", home=toy_home)
+    assert done.returncode == 0, done.stderr
+    overall = json.loads(done.stdout)["overall"][0]
+    assert overall["errors"] == 1 and overall["words"] == 3 and abs(overall["wer"] - 1 / 3) < 1e-9
+
+
+def test_verify_says_no_with_exit_1(tmp_path):
+    "A manifest with a bad row: the row is named and the exit code is 1."
+    write_wav(tmp_path / "silent.wav", np.zeros(16000, np.float32))
+    (tmp_path / "m.jsonl").write_text(json.dumps(dict(audio_filepath="silent.wav", duration=1.0, text="hello", speaker="a", utterance_id="quiet-one")) + "\n")
+    done = run("data", "verify", tmp_path / "m.jsonl", home=tmp_path)
+    assert done.returncode == 1 and "quiet-one" in done.stdout and "silent" in done.stdout, done
