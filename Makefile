@@ -5,6 +5,8 @@ PROFILE ?= quick
 BIN = .venv/bin
 export PYTHONUNBUFFERED = 1
 export RAY_USAGE_STATS_ENABLED = 0
+# numpy's small products need no threads of their own beside torch's and the loader's
+export OPENBLAS_NUM_THREADS = 1
 
 .PHONY: setup run cycle serve lab test bench bench-cycle bench-quality base clean lock
 

@@ -14,7 +14,7 @@ def base_bundle(tmp_path_factory) -> Path:
     "The base model, exported."
     from voicelab.model import load_model
     if not (package_path("base") / "model.pt").exists(): pytest.skip("voicelab/base has no model yet")
-    return export_bundle(load_model(package_path("base")), tmp_path_factory.mktemp("base") / "bundle", dict(name="base"))
+    return export_bundle(load_model(package_path("base")), tmp_path_factory.mktemp("base") / "bundle", dict(name="base"), lm=package_path("base") / "lm.npz")
 
 
 def state_with(bundle, home: Path) -> Path:

@@ -83,7 +83,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     df = make_voicesearch(folder/"clips", dict(test=40), seed=7).query("split == 'test'").reset_index(drop=True)
     model = load_model(package_path("base"))
-    return model, export_bundle(model, folder/"bundle", dict(name="base"), golden=df.head(3)), df
+    return model, export_bundle(model, folder/"bundle", dict(name="base"), golden=df.head(3), lm=package_path("base")/"lm.npz"), df
 
 
 def test_base_bundle_passes_every_check(base):
@@ -99,14 +99,13 @@ def test_base_bundle_behaves(base):
     r = Recognizer(bundle)
     clips = [read_audio(p) for p in df.audio_filepath]
     hyps = [x["text"] for x in r.transcribe(clips)]
-    assert wer(df.text, hyps) < .6
-    assert wer([h or "-" for h in hyps], [x["text"] for x in r.transcribe([.5*c for c in clips])]) < .06
+    assert wer(df.text, hyps) < .25
+    assert wer([h or "-" for h in hyps], [x["text"] for x in r.transcribe([.5*c for c in clips])]) < .04
     assert r.transcribe([np.zeros(32000, np.float32)])[0]["text"] == ""
     noise = r.transcribe([(10**(-d/20)*np.random.default_rng(d).standard_normal(48000)).astype(np.float32) for d in range(20, 60, 4)])
     assert np.mean([len(x["words"]) for x in noise]) <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="the first base model is upset by silence before speech: its mean and variance are taken over the whole clip; see reports/README.md")
 def test_base_bundle_hears_the_same_after_a_silence(base):
     "0.8 s later: the same words but for a few, 0.8 s later."
     _, bundle, df = base
@@ -128,7 +127,7 @@ def test_base_bundle_takes_keywords(base):
     own = r.transcribe(clips, each=[dict(keywords=t.split()) for t in df.text])
     assert wer(df.text, [x["text"] for x in own]) <= plain
     other = r.transcribe(clips, keywords=["zanzibar", "quetzal", "bjorn", "oxymoron", "flugelhorn"])
-    assert wer(df.text, [x["text"] for x in other]) <= plain + .04
+    assert wer(df.text, [x["text"] for x in other]) <= plain + .03
 
 
 def test_base_bundle_on_people(base, tmp_path):
@@ -139,7 +138,7 @@ def test_base_bundle_on_people(base, tmp_path):
     df = import_corpus("an4").query("split == 'dev'").iloc[::4].reset_index(drop=True)
     checks = check_bundle(bundle, model, df)
     assert checks.ok.all(), checks.to_string()
-    assert wer(df.text, [x["text"] for x in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath])]) < .3
+    assert wer(df.text, [x["text"] for x in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath])]) < .25
 
 
 def test_memory_stays_bounded(tmp_path):

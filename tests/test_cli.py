@@ -26,6 +26,9 @@ def run(*args, home=None, env=None, cwd=None):
     (["cycle", "-p", "colour=red"], "no phase has the parameter 'colour'"),
     (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
     (["train", "--manifest", "an4", "--out", "x", "-p", "epochs=0"], "epochs is 0"),
+    (["lm", "no.txt", "--out", "x.npz"], "no file no.txt"),
+    (["lm", os.devnull, "--out", "x.npz"], "without a word"),
+    (["transcribe", __file__, "--lm", "no.npz"], "no"),
 ])
 def test_bad_input_is_one_line_and_exit_2(args, said, tmp_path):
     done = run(*args, home=tmp_path)
@@ -52,6 +55,19 @@ def test_transcribe_json(toy_home, tmp_path):
     for r in rows:
         assert r["model"] == "voicesearch@1" and 0 <= r["confidence"] <= 1
         assert all(0 <= w["start"] < w["end"] <= r["duration"] and 0 <= w["confidence"] <= 1 for w in r["words"])
+
+
+def test_language_model_of_a_text_file(toy_home, tmp_path):
+    "`lm` counts any text, adds to what was counted before, and `transcribe --lm` listens with it."
+    (tmp_path / "texts.txt").write_text("A bad cab!\n\nbead face\n")
+    done = run("lm", tmp_path / "texts.txt", "--out", tmp_path / "lm.npz", home=toy_home)
+    assert done.returncode == 0 and "order 8" in done.stdout, done.stderr
+    done = run("lm", tmp_path / "texts.txt", "--add-to", tmp_path / "lm.npz", "--weight", 3, "--out", tmp_path / "more.npz", home=toy_home)
+    assert done.returncode == 0, done.stderr
+    clip = write_wav(tmp_path / "clip.wav", toy_tones("a bad cab"))
+    for lm in ("lm.npz", "more.npz"):
+        done = run("transcribe", clip, "--lm", tmp_path / lm, home=toy_home)
+        assert done.stdout.strip() == f"{clip}: a bad cab", done.stderr
 
 
 def test_evaluate_manifest(toy_home, tmp_path):

@@ -43,7 +43,7 @@ def check(run, out, home, corpus):
 def test_cycle_on_the_default_corpus(tmp_path):
     run, out = run_cycle("voicesearch", tmp_path)
     results = check(run, out, tmp_path, "voicesearch")
-    assert results["4_errors"]["metrics"]["wer"] < 0.6
+    assert results["4_errors"]["metrics"]["wer"] < 0.25
     assert results["7_retrain"]["metrics"]
 
 

@@ -138,7 +138,7 @@ def test_two_processes_never_get_the_same_task(loop):
 
 
 def test_gate_refuses_a_broken_model_and_the_champion_stays(loop):
-    from voicelab.retrain import behaviour_checks, compare, gate, serving_check, settle
+    from voicelab.retrain import compare, gate, serving_check, settle
     broken = shutil.copytree(loop["tmp"]/"toy", loop["tmp"]/"broken")
     model = onnx.load(broken/"model.onnx")
     weight = next(w for w in model.graph.initializer if w.name == "w")

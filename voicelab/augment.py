@@ -145,6 +145,8 @@ class Augment:
     noise: float = .3                    # share of clips with noise
     noises: tuple = ("coloured", "car")  # kinds to draw from; "street" is the training part of the recording
     snr_db: tuple = (5., 30.)            # range of the ratio
+    silence: float = .4                  # share of clips with more silence before and after
+    silence_s: tuple = (0., .8)          # range of its length on each side, s
     room: float = .1                     # share of clips in a room
     rt60: tuple = (.1, .5)               # range of its reverberation time, s
     phone: float = .05                   # share of clips over a telephone
@@ -153,10 +155,10 @@ class Augment:
     def __post_init__(self):
         if bad := [n for n in self.noises if n not in ("coloured", "car", "street")]:
             raise InputError(f"augmentation noises {bad} are unknown; allowed are coloured, car, street")
-        if bad := {k: v for k in ("noise", "room", "phone") if not 0 <= (v := getattr(self, k)) <= 1}:
+        if bad := {k: v for k in ("noise", "silence", "room", "phone") if not 0 <= (v := getattr(self, k)) <= 1}:
             raise InputError(f"augmentation shares {bad} are outside 0 to 1")
         if "street" in self.noises: recorded_noise("street")   # not there: an error now, not in the middle of a training
-        for k in ("speeds", "noises", "snr_db", "rt60", "level_db"): setattr(self, k, tuple(getattr(self, k)))
+        for k in ("speeds", "noises", "snr_db", "silence_s", "rt60", "level_db"): setattr(self, k, tuple(getattr(self, k)))
 
     def background(self, seconds, rng):
         "Noise of a kind that is drawn."
@@ -164,8 +166,16 @@ class Augment:
         if kind == "street": return recorded_noise("street")
         return car_noise(seconds, rng) if kind == "car" else colored_noise(seconds, rng, rng.uniform(0, 2))
 
+    def pad(self, x, rng):
+        "Silence on both sides: digital zeros, or a hiss of 60 to 100 dB below full scale."
+        n, m = (int(rng.uniform(*self.silence_s) * SAMPLE_RATE) for _ in range(2))
+        y = np.zeros(n + len(x) + m, np.float32) if rng.random() < .3 else rng.standard_normal(n + len(x) + m, dtype=np.float32) * np.float32(10 ** rng.uniform(-5, -3))
+        y[n:n + len(x)] += x
+        return y
+
     def __call__(self, x, rng):
         x = speed(x, self.speeds[int(rng.integers(len(self.speeds)))])
+        if rng.random() < self.silence: x = self.pad(x, rng)
         if rng.random() < self.room: x = reverb(x, rng, rng.uniform(*self.rt60), rng.uniform(0, 9))
         if self.noises and rng.random() < self.noise: x = add_noise(x, self.background(len(x) / SAMPLE_RATE, rng), rng.uniform(*self.snr_db), rng)
         if rng.random() < self.phone: x = telephone(x)

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'words_of', 'clip_figures', 'make_result', 'Keywords',
-           'prefix_beam', 'align', 'decode']
+           'Fusion', 'load_fusion', 'prefix_beam', 'align', 'decode']
 
-# %% ../nbs/23_decode.ipynb #8f22eafd
+# %% ../nbs/23_decode.ipynb #4f1a59b3
 from dataclasses import dataclass
+from heapq import nlargest
+from math import exp, log1p
+from pathlib import Path
 
 import numpy as np
 
 from .core import InputError
+from .lm import NGram, load_lm
 from .text import BLANK, TOKENS, WORD_START, decode_ids, encode, normalize
 
 # %% ../nbs/23_decode.ipynb #15512f1f
-FRAME = 0.02  # seconds from one output frame to the next: a 10 ms feature hop, a stride of 4, two answers a step
+FRAME = 0.02  # seconds from one output frame to the next: a 10 ms feature hop, a stride of 8, four answers a step
 
 # %% ../nbs/23_decode.ipynb #4cc36f89
 @dataclass
@@ -126,39 +130,75 @@ class Keywords:
         node, depth, safe = state
         return safe + (depth*self.bonus if not final or "end" in node else 0.0)
 
-# %% ../nbs/23_decode.ipynb #b10efb9e
+# %% ../nbs/23_decode.ipynb #bedc2ff9
+@dataclass
+class Fusion:
+    "A language model, and how much its word counts in a search."
+    lm: NGram
+    weight: float = 0.5  # of its log-probabilities
+    bonus: float = 1.2   # natural-log units a unit of the text is worth
+    beam: int = 16       # texts kept after each frame
+
+def load_fusion(
+    folder,           # of a model or bundle
+    settings: dict = None,  # weight, bonus and beam, where they are not the defaults
+) -> Fusion:          # None where the folder has no language model
+    "The language model of a folder, from its `lm.npz`."
+    path = Path(folder)/"lm.npz"
+    return Fusion(load_lm(path), **(settings or {})) if path.is_file() else None
+
 _NONE = -1e30
 
-def _extend(beams, frame, units):
-    "All continuations of the texts in `beams` by one frame: {text: [log p ending in blank, log p ending in its last unit]}."
-    grown = {}
-    for text, (pb, pu) in beams.items():
-        both = np.logaddexp(pb, pu)
-        same = grown.setdefault(text, [_NONE, _NONE])
-        same[0] = np.logaddexp(same[0], both + frame[BLANK])
-        if text: same[1] = np.logaddexp(same[1], pu + frame[text[-1]])
-        for u in units:
-            longer = grown.setdefault(text + (u,), [_NONE, _NONE])
-            longer[1] = np.logaddexp(longer[1], (pb if text and u == text[-1] else both) + frame[u])
-    return grown
+def _add(a: float, b: float) -> float:
+    "log(exp(a) + exp(b))"
+    return a + log1p(exp(b - a)) if a >= b else b + log1p(exp(a - b))
+
+class _Text:
+    "A text in the search: its last unit, what was before it, what language model and keywords say of it."
+    __slots__ = ("unit", "parent", "longer", "context", "lm", "state", "keywords")
+    def __init__(self, unit, parent, context, lm, state, keywords):
+        self.unit, self.parent, self.longer, self.context, self.lm, self.state, self.keywords = unit, parent, {}, context, lm, state, keywords
+
+    def ids(self):
+        "The units from first to last."
+        out, t = [], self
+        while t.parent: out, t = out + [t.unit], t.parent
+        return out[::-1]
+
+def _grow(text, unit, keywords, fusion):
+    "The text with one more unit, always the same object."
+    if unit not in text.longer:
+        context, lm, state, bonus = None, 0.0, None, 0.0
+        if fusion: context, lm = fusion.lm.step(text.context, unit), text.lm + fusion.weight*fusion.lm.logp(text.context, unit) + fusion.bonus
+        if keywords: state = keywords.step(text.state, unit); bonus = keywords.score(state)
+        text.longer[unit] = _Text(unit, text, context, lm, state, bonus)
+    return text.longer[unit]
 
 def prefix_beam(
     log_probs: np.ndarray,  # (T, V) natural logs
     beam: int = 8,  # texts kept after each frame
     keywords: Keywords = None,  # words to listen for
+    fusion: Fusion = None,  # a language model
     floor: float = 0.001,  # units less probable than this on a frame are not tried; the best one always is
 ) -> list:  # of (unit ids, score), best first
-    "CTC prefix beam search: texts with the natural log of their probability, keyword bonus included."
-    beams, states = {(): (0.0, _NONE)}, {(): keywords.start() if keywords else None}
-    for frame in log_probs.astype(float):
-        units = [int(u) for u in np.flatnonzero(frame >= min(np.log(floor), frame.max())) if u != BLANK]
-        grown = _extend(beams, frame, units)
-        if keywords: states = {t: states[t] if t in states else keywords.step(states[t[:-1]], t[-1]) for t in grown}
-        rank = {t: np.logaddexp(*p) + (keywords.score(states[t]) if keywords else 0.0) for t, p in grown.items()}
-        beams = {t: grown[t] for t in sorted(rank, key=rank.get, reverse=True)[:beam]}
-        states = {t: states.get(t) for t in beams}
-    final = [(list(t), float(np.logaddexp(*p) + (keywords.score(states[t], final=True) if keywords else 0.0))) for t, p in beams.items()]
-    return sorted(final, key=lambda f: -f[1])
+    "CTC prefix beam search: texts with the natural log of their probability, language model and keyword bonus included."
+    tried = log_probs >= np.minimum(np.log(max(floor, 1e-30)), log_probs.max(1, keepdims=True)) if len(log_probs) else log_probs
+    beams = {_Text(BLANK, None, fusion.lm.start() if fusion else None, 0.0, keywords.start() if keywords else None, 0.0): (0.0, _NONE)}
+    for frame, units in zip(log_probs.astype(float).tolist(), tried):
+        units, grown = [u for u in np.flatnonzero(units).tolist() if u != BLANK], {}
+        for text, (pb, pu) in beams.items():
+            both = _add(pb, pu)
+            same = grown.setdefault(text, [_NONE, _NONE])
+            same[0] = _add(same[0], both + frame[BLANK])
+            if text.parent: same[1] = _add(same[1], pu + frame[text.unit])
+            for u in units:
+                longer = grown.setdefault(_grow(text, u, keywords, fusion), [_NONE, _NONE])
+                longer[1] = _add(longer[1], (pb if text.parent and u == text.unit else both) + frame[u])
+        beams = grown if len(grown) <= beam else dict(nlargest(beam, grown.items(), key=lambda g: _add(*g[1]) + g[0].lm + g[0].keywords))
+    def final(t, p):
+        end = fusion.weight*fusion.lm.logp(t.context, BLANK) if fusion else 0.0
+        return t.ids(), _add(*p) + t.lm + end + (keywords.score(t.state, final=True) if keywords else 0.0)
+    return sorted((final(t, p) for t, p in beams.items()), key=lambda f: -f[1])
 
 # %% ../nbs/23_decode.ipynb #d83430a7
 def align(
@@ -187,19 +227,20 @@ def align(
         spans.append(Span(int(u), int(f[0]), int(f[-1]) + 1, float(log_probs[f, u].max())))
     return spans
 
-# %% ../nbs/23_decode.ipynb #4c536f3a
+# %% ../nbs/23_decode.ipynb #423f40ed
 def decode(
     log_probs: np.ndarray,  # (T, V) natural logs
     duration: float = None,  # length of the clip in seconds
     keywords: list = None,  # texts to listen for, or `Keywords`
     nbest: int = 0,  # how many readings to list under `nbest`; 0: none
-    beam: int = 12,  # texts kept by the search
+    fusion: Fusion = None,  # a language model
 ) -> dict:  # as `make_result`, with `nbest` when asked for
     "Text, words with times and confidence, and figures of one clip."
-    if not keywords and not nbest: return make_result(log_probs, greedy_spans(log_probs), duration)
     if nbest < 0 or nbest > 100: raise InputError(f"nbest is {nbest}; it must be 0 to 100")
+    if not keywords and not nbest and not fusion: return make_result(log_probs, greedy_spans(log_probs), duration)
     if keywords and not isinstance(keywords, Keywords): keywords = Keywords(keywords)
-    found = prefix_beam(log_probs, max(beam, nbest), keywords or None)
+    beam = max(12 if keywords or nbest else 0, nbest, fusion.beam if fusion else 0)
+    found = prefix_beam(log_probs, beam, keywords or None, fusion)
     result = make_result(log_probs, align(log_probs, found[0][0]) if len(log_probs) else [], duration)
     if nbest:
         share = np.exp(np.array([s for _, s in found[:nbest]]) - found[0][1])

@@ -8,7 +8,7 @@ __all__ = ['alignment_text', 'alignment_html', 'confusions', 'seen_words', 'wors
 
 # %% ../nbs/26_errors.ipynb #81301362
 import base64, html, math
-from collections import Counter, defaultdict
+from collections import Counter
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from .core import InputError

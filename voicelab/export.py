@@ -7,7 +7,7 @@ __all__ = ['toy_tones', 'toy_bundle', 'onnx_runner', 'to_onnx', 'quantize', 'gol
            'check_bundle']
 
 # %% ../nbs/27_export.ipynb #da7e093f
-import copy, json, logging, subprocess, sys, tempfile, warnings
+import copy, json, logging, shutil, subprocess, sys, tempfile, warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from .audio import read_audio, toy_speech
 from .core import InputError, sha256_file, write_json, write_text
-from .decode import FRAME, decode
+from .decode import FRAME, Fusion, decode, load_fusion
 from .evaluate import error_table
 from .features import FEATURES, fbank
 from .text import BLANK, TOKENS, tokens_txt
@@ -117,10 +117,11 @@ def quantize(
 def golden_answers(
     run,  # function as `onnx_runner` gives it
     df: pd.DataFrame = None,  # a few rows with audio_filepath
+    fusion: Fusion = None,  # the bundle's language model
 ) -> dict:
     "What a bundle must repeat wherever it runs."
     lp = run([fbank(toy_speech(2.0, seed=0))])[0]
-    clips = [dict(audio_filepath=str(p), sha256=sha256_file(p), text=decode(run([fbank(read_audio(p))])[0])["text"]) for p in (df.audio_filepath if df is not None else [])]
+    clips = [dict(audio_filepath=str(p), sha256=sha256_file(p), text=decode(run([fbank(read_audio(p))])[0], fusion=fusion)["text"]) for p in (df.audio_filepath if df is not None else [])]
     return dict(signal=dict(seconds=2.0, seed=0, units=lp.argmax(1), logprobs=lp.max(1).round(4)), clips=clips)
 
 def export_bundle(
@@ -128,14 +129,20 @@ def export_bundle(
     out,  # folder to write
     meta: dict = None,  # further keys for config.json: name, run, dataset_version…
     golden: pd.DataFrame = None,  # a few manifest rows whose answers are kept
+    lm=None,  # file of a language model, as `save_lm` writes it; a path where nothing is means none
 ) -> Path:
-    "Write model.onnx, model.int8.onnx, tokens.txt, config.json and golden.json."
+    "Write model.onnx, model.int8.onnx, tokens.txt, lm.npz, config.json and golden.json."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     quantize(to_onnx(model, out/"model.onnx"), out/"model.int8.onnx")
     write_text(out/"tokens.txt", tokens_txt())
-    write_json(out/"config.json", _config(dict(model=asdict(model.cfg)) | (meta or {})))
-    write_json(out/"golden.json", golden_answers(onnx_runner(out/"model.onnx"), golden))
+    config, fusion = _config(dict(model=asdict(model.cfg)) | (meta or {})), None
+    if lm is not None and Path(lm).is_file():
+        shutil.copyfile(lm, out/"lm.npz")
+        fusion = load_fusion(out)
+        config["decoder"]["lm"] = dict(weight=fusion.weight, bonus=fusion.bonus, beam=fusion.beam)
+    write_json(out/"config.json", config)
+    write_json(out/"golden.json", golden_answers(onnx_runner(out/"model.onnx"), golden, fusion))
     return out
 
 # %% ../nbs/27_export.ipynb #a6bae653

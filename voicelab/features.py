@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FEATURES', 'FeatureConfig', 'n_frames', 'fbank', 'fbank_torch']
 
-# %% ../nbs/20_features.ipynb #41e8a457
-from dataclasses import asdict, dataclass
+# %% ../nbs/20_features.ipynb #a5d7d427
+from dataclasses import dataclass
+from functools import lru_cache
 
-import kaldi_native_fbank as knf
 import numpy as np
 
-# %% ../nbs/20_features.ipynb #deaa88a9
+# %% ../nbs/20_features.ipynb #b23761dd
 @dataclass(frozen=True)
 class FeatureConfig:
     "Kaldi filterbank settings; stored beside every model."
@@ -22,13 +22,6 @@ class FeatureConfig:
     low_hz: float = 20.0  # lowest band edge
     high_hz: float = -400.0  # highest band edge, below Nyquist when negative
 
-def _options(c):
-    o = knf.FbankOptions()
-    o.frame_opts.samp_freq, o.frame_opts.dither, o.frame_opts.snip_edges = c.sample_rate, 0.0, False
-    o.frame_opts.frame_length_ms, o.frame_opts.frame_shift_ms, o.frame_opts.window_type = c.frame_ms, c.shift_ms, "povey"
-    o.mel_opts.num_bins, o.mel_opts.low_freq, o.mel_opts.high_freq = c.n_mels, c.low_hz, c.high_hz
-    return o
-
 FEATURES = FeatureConfig()
 
 def n_frames(
@@ -37,16 +30,32 @@ def n_frames(
     "Frames that `fbank` makes of a clip: one per 10 ms, rounded."
     return (n_samples + 80) // 160
 
+# %% ../nbs/20_features.ipynb #b089a1e1
+@lru_cache(maxsize=4)
+def _shapes(c: FeatureConfig):
+    "Window (400,) and mel triangles (257, 80) of a configuration."
+    size, low, high = 512, c.low_hz, c.high_hz if c.high_hz > 0 else c.sample_rate / 2 + c.high_hz
+    def mel(hz): return 1127 * np.log(1 + np.asarray(hz) / 700)
+    edges = np.linspace(mel(low), mel(high), c.n_mels + 2)
+    bins = mel(np.arange(size // 2 + 1) * c.sample_rate / size)[:, None]
+    rise, fall = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    window = np.hanning(round(c.frame_ms * c.sample_rate / 1000)) ** 0.85                           # Povey's
+    return window.astype(np.float32), np.clip(np.minimum(rise, fall), 0, None).astype(np.float32)
+
 def fbank(
     samples: np.ndarray,  # (n,) float32 in ±1, 16 kHz
 ) -> np.ndarray:  # (T, 80) float32, T = n_frames(n)
-    "Log-mel filterbank of a clip, by kaldi-native-fbank. An empty clip gives (0, 80)."
-    samples = np.ascontiguousarray(samples, dtype=np.float32)
-    if n_frames(len(samples)) == 0: return np.zeros((0, FEATURES.n_mels), np.float32)
-    f = knf.OnlineFbank(_options(FEATURES))
-    f.accept_waveform(FEATURES.sample_rate, samples)
-    f.input_finished()
-    return np.stack([f.get_frame(i) for i in range(f.num_frames_ready)])
+    "Log-mel filterbank of a clip, as Kaldi computes it. An empty clip gives (0, 80)."
+    x, T = np.asarray(samples, np.float32), n_frames(len(samples))
+    if T == 0: return np.zeros((0, FEATURES.n_mels), np.float32)
+    window, triangles = _shapes(FEATURES)
+    before = (len(window) - 160) // 2
+    x = np.pad(x, (before, max(0, (T - 1) * 160 + len(window) - before - len(x))), "symmetric")
+    frames = np.lib.stride_tricks.sliding_window_view(x, len(window))[::160][:T]
+    frames = frames - frames.mean(1, keepdims=True)
+    frames = (frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], 1)) * window
+    spectrum = np.fft.rfft(frames, 512)
+    return np.log(np.maximum((spectrum.real ** 2 + spectrum.imag ** 2) @ triangles, np.finfo(np.float32).eps))
 
 # %% ../nbs/20_features.ipynb #0d1f9676
 def fbank_torch(

@@ -68,14 +68,15 @@ class Clips(Dataset):
 
 # %% ../nbs/22_loader.ipynb #ec565911
 class Buckets(Sampler):
-    "Batches of `(epoch, index)` of about equal audio length; `set_epoch` (which Lightning calls) reshuffles."
+    "Batches of `(epoch, index)` of about equal audio length; `set_epoch` reshuffles."
     def __init__(self,
         durations,  # seconds of each clip
         batch_seconds: float,  # audio seconds a batch, padding included
         shuffle: bool = True,  # new order every epoch
         seed: int = 0,
+        short_first: bool = False,  # epoch 0 goes from short to long
     ):
-        self.durations, self.batch_seconds, self.shuffle, self.seed, self.epoch = np.asarray(durations, float), batch_seconds, shuffle, seed, 0
+        self.durations, self.batch_seconds, self.shuffle, self.seed, self.short_first, self.epoch = np.asarray(durations, float), batch_seconds, shuffle, seed, short_first, 0
         self.sizes = []
         for d in np.sort(self.durations):
             if not self.sizes or d * (self.sizes[-1] + 1) > batch_seconds: self.sizes.append(0)
@@ -89,7 +90,7 @@ class Buckets(Sampler):
         jitter = rng.uniform(.9, 1.1, len(self.durations)) if self.shuffle else 1.0
         order = np.argsort(self.durations * jitter, kind="stable")
         out = [part.tolist() for part in np.split(order, np.cumsum(self.sizes)[:-1])]
-        return [out[j] for j in rng.permutation(len(out))] if self.shuffle else out
+        return [out[j] for j in rng.permutation(len(out))] if self.shuffle and not (self.short_first and self.epoch == 0) else out
 
     def __iter__(self): return iter([[(self.epoch, i) for i in b] for b in self.batches()])
     def __len__(self): return len(self.sizes)
@@ -110,7 +111,8 @@ def loader(
     batch_seconds: float = 60.0,  # audio seconds a batch
     shuffle: bool = True,
     workers: int = 0,  # processes that prepare batches; 0: in this one
+    short_first: bool = False,  # the first epoch goes from short to long
 ) -> DataLoader:
     "Batches of `clips` for training (shuffled) or evaluation."
-    return DataLoader(clips, batch_sampler=Buckets(clips.durations, batch_seconds, shuffle, clips.seed), collate_fn=collate,
+    return DataLoader(clips, batch_sampler=Buckets(clips.durations, batch_seconds, shuffle, clips.seed, short_first), collate_fn=collate,
                       num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)

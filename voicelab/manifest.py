@@ -10,7 +10,6 @@ __all__ = ['COLUMNS', 'TAGS', 'LINEAGE', 'SPLITS', 'read_manifest', 'write_manif
 import contextlib
 import fcntl
 import http.client
-import json
 import math
 import os
 import re

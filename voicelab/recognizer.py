@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Recognizer', 'plan_batches', 'load_recognizer']
 
-# %% ../nbs/31_recognizer.ipynb #ffb34b40
+# %% ../nbs/31_recognizer.ipynb #ddc7bddc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from fastcore.basics import patch
 
 from .audio import SAMPLE_RATE, read_audio, toy_speech
 from .core import InputError, read_json, sha256_file
-from .decode import Keywords, decode
+from .decode import Fusion, Keywords, decode, load_fusion
 from .features import FEATURES, fbank
+from .lm import load_lm
 from .registry import Registry, verify_bundle
 from .text import tokens_txt
 
-# %% ../nbs/31_recognizer.ipynb #d8a6e635
+# %% ../nbs/31_recognizer.ipynb #f90287cf
 MODELS = dict(float32="model.onnx", int8="model.int8.onnx")  # precision -> file
 
 class Recognizer:
@@ -30,6 +31,7 @@ class Recognizer:
         precision: str = "float32",  # "float32" or "int8"
         threads: int = 1,  # CPU threads of one inference
         label: str = None,  # name to answer under; by default name@version of a registered version, else the folder's name
+        lm: str = None,  # file of another language model than the bundle's; "none": none
     ):
         self.path = Path(bundle_dir)
         if precision not in MODELS: raise InputError(f"precision {precision!r}; allowed are {', '.join(MODELS)}")
@@ -40,6 +42,8 @@ class Recognizer:
         self.precision, self.config = precision, read_json(self.path/"config.json")
         if self.config.get("features") != asdict(FEATURES): raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
         if not (self.path/"tokens.txt").is_file() or (self.path/"tokens.txt").read_text(encoding="utf-8") != tokens_txt(): raise InputError(f"{self.path}/tokens.txt has not the units of this version of voicelab; export the model again")
+        own = self.config.get("decoder", {}).get("lm")
+        self.fusion = None if lm == "none" else Fusion(load_lm(lm), **(own or {})) if lm else load_fusion(self.path, own) if own else None
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.enable_cpu_mem_arena = False     # an arena keeps the memory of the longest batch ever seen
@@ -106,18 +110,19 @@ def transcribe(self: Recognizer,
     "Texts with word times and confidence, in the order of the clips."
     if each is None: each = [dict(keywords=Keywords(keywords) if keywords else None, nbest=nbest)]*len(clips)
     if len(each) != len(clips): raise InputError(f"each has {len(each)} entries for {len(clips)} clips; it must have one a clip")
-    return [decode(lp, len(c)/SAMPLE_RATE, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
+    return [decode(lp, len(c)/SAMPLE_RATE, fusion=self.fusion, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
 
-# %% ../nbs/31_recognizer.ipynb #0b243a94
+# %% ../nbs/31_recognizer.ipynb #3dcea1cc
 def load_recognizer(
     spec="champion",  # folder | name | name@version | name@alias | version | alias
     precision: str = "float32",  # "float32" or "int8"
     threads: int = 1,  # CPU threads of one inference
     registry=None,  # a `Registry`; by default that of the working state
+    lm: str = None,  # as `Recognizer` takes it
 ) -> Recognizer:
     "The recogniser of a model by any of its names."
     path, label = (registry or Registry()).resolve(spec)
-    return Recognizer(path, precision, threads, label)
+    return Recognizer(path, precision, threads, label, lm)
 
 @patch
 def check_golden(self: Recognizer,

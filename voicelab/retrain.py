@@ -7,16 +7,15 @@ __all__ = ['GENTLE', 'PERTURBATIONS', 'split_people', 'successor', 'mix', 'train
            'behaviour_checks', 'serving_check', 'frozen_slices', 'gate', 'settle']
 
 # %% ../nbs/42_retrain.ipynb #8665db4c
-import json, subprocess, sys
+import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from .audio import read_audio
 from .core import InputError, home, sha256_file, utc_now, write_json
+from .decode import load_fusion
 from .evaluate import counts, evaluate, paired_bootstrap, summary
 from .export import export_bundle
 from .manifest import load_version, write_version
-from .model import load_model, save_model, with_subframes
-from .recognizer import Recognizer
+from .model import load_model, save_model
 from .registry import Registry
 from .train import TorchRecognizer, TrainConfig, train
 from .verify import quarantine, verify
@@ -103,12 +102,13 @@ def train_challenger(
     "Fine-tune the champion on a version, mix, and export what came of it; a withdrawn version refuses."
     metrics = train(load_version(version), out, config or TrainConfig(**GENTLE), init=str(init), log=log)
     dev = load_version(version).query("split == 'dev'").reset_index(drop=True)
-    judge = lambda model: summary(evaluate(dev, TorchRecognizer(model), desc="mixing")).loc["all", "wer"]
+    judge = lambda model: summary(evaluate(dev, TorchRecognizer(model, load_fusion(out)), desc="mixing")).loc["all", "wer"]
     tuned = load_model(out)
-    model, share, tried = mix(with_subframes(load_model(init), tuned.cfg.subframes), tuned, judge)
+    model, share, tried = mix(load_model(init), tuned, judge)
     mixed = Path(out)/"mixed"
     save_model(mixed, model, dict(parent=str(init), finetuned=str(out), share=share, tried=tried, dataset_version=version))
-    bundle = export_bundle(model, Path(out)/"bundle", dict(name=name, run=str(mixed), dataset_version=version), golden=golden)
+    if (Path(out)/"lm.npz").is_file(): shutil.copyfile(Path(out)/"lm.npz", mixed/"lm.npz")
+    bundle = export_bundle(model, Path(out)/"bundle", dict(name=name, run=str(mixed), dataset_version=version), golden=golden, lm=mixed/"lm.npz")
     return bundle, metrics | dict(share=share, tried=tried, run=str(mixed))
 
 # %% ../nbs/42_retrain.ipynb #3f333338

@@ -786,13 +786,14 @@ def server(
     env: dict = None,  # environment variables for it, above ours
     model: str = None,  # as `run_server`
     wait: float = 300,  # seconds to wait until it is ready
+    python: str = sys.executable,  # interpreter, of this or of another environment
 ):
     "Run the server in a process of its own; yields its base URL."
     port = port or free_port()
     with tempfile.TemporaryDirectory() as tmp:
         log = Path(tmp)/"server.log"
         with open(log, "wb") as out:
-            proc = subprocess.Popen([sys.executable, "-c", f"from voicelab.serve import run_server; run_server('127.0.0.1', {port}, {model!r})"],
+            proc = subprocess.Popen([python, "-c", f"from voicelab.serve import run_server; run_server('127.0.0.1', {port}, {model!r})"],
                                     stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -257,7 +257,7 @@ def record(
 # %% ../nbs/14_synth.ipynb #8a8d75af
 QUICK = dict(train=400, dev=100, test=250, traffic=400, new_names=200, young=200)
 FULL = dict(train=6000, dev=300, test=600, traffic=800, new_names=400, young=400)
-BASE = dict(train=6000, dev=300, test=600)  # what the base model is trained on: nothing of the traffic
+BASE = dict(train=20000, dev=300, test=600)  # what the base model is trained on: nothing of the traffic
 
 def plan(
     sizes: dict,    # clips of each part, like `QUICK`

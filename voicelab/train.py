@@ -17,11 +17,12 @@ import torch
 
 from .augment import Augment
 from .core import InputError, git_commit, home, package_path, read_json, setting, write_json
-from .decode import greedy, make_result, greedy_spans
+from .decode import Fusion, decode, greedy, load_fusion
 from .evaluate import error_table, evaluate
 from .features import fbank
+from .lm import adapt_lm, load_lm, save_lm
 from .loader import Clips, collate, loader
-from .model import CTCModel, ModelConfig, load_model, save_model, with_subframes
+from .model import CTCModel, ModelConfig, load_model, save_model
 from .text import decode_ids
 
 # %% ../nbs/25_train.ipynb #62c14bb7
@@ -41,7 +42,6 @@ class TrainConfig:
     repeat: dict = field(default_factory=dict)  # how often an epoch hears the rows of a `source`, by name (default 1)
     dim: int = 256  # width of a new model
     layers: int = 3  # depth of a new model
-    subframes: int = 2  # answers for each 40 ms; a model to fine-tune is widened to it
     dropout: float = 0.2
     check_every: int = 5  # epochs between two looks at dev
     seed: int = 0
@@ -161,11 +161,13 @@ def wandb_logger(
 
 # %% ../nbs/25_train.ipynb #3a9c4a42
 class TorchRecognizer:
-    "Transcribe with a run's model, on PyTorch."
+    "Transcribe with a run's model and language model, on PyTorch."
     def __init__(self,
         run,  # folder of a run, or a `CTCModel`
+        fusion: Fusion = None,  # a language model; None: that of the folder, if it has one
     ):
-        self.model = run if isinstance(run, torch.nn.Module) else load_model(run)
+        folder = not isinstance(run, torch.nn.Module)
+        self.model, self.fusion = (load_model(run), fusion or load_fusion(run)) if folder else (run, fusion)
         self.model.eval()
         self.label = "torch" if isinstance(run, torch.nn.Module) else Path(run).name
 
@@ -173,17 +175,17 @@ class TorchRecognizer:
     def transcribe(self,
         clips,  # list of samples, 16 kHz float32
     ) -> list:  # of dict(text, confidence, words, duration, …)
-        "Greedy transcripts of a batch of clips."
+        "Transcripts of a batch of clips."
         items = [(fbank(c), [], i) for i, c in enumerate(clips)]
         out = [None] * len(items)
         todo = [it for it in items if len(it[0])]
         for f, _, i in items:
-            if not len(f): out[i] = make_result(np.zeros((0, self.model.cfg.vocab), np.float32), [], 0.0)
+            if not len(f): out[i] = decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)
         if todo:
             b = collate(todo)
             lp, lens = self.model(b["x"], b["x_lens"])
             for (_, _, i), row, n in zip(todo, lp.numpy(), lens.tolist()):
-                out[i] = make_result(row[:n], greedy_spans(row[:n]), len(clips[i]) / 16000)
+                out[i] = decode(row[:n], len(clips[i]) / 16000, fusion=self.fusion)
         return out
 
 # %% ../nbs/25_train.ipynb #cd8275c4
@@ -192,12 +194,12 @@ def base_dir() -> Path:
     return package_path("base")
 
 def _start(init, cfg):
-    "The model to begin with, and what it descends from."
-    if init is None: return CTCModel(ModelConfig(dim=cfg.dim, layers=cfg.layers, subframes=cfg.subframes, dropout=cfg.dropout)), None
+    "The model to begin with, what it descends from, and its language model."
+    if init is None: return CTCModel(ModelConfig(dim=cfg.dim, layers=cfg.layers, dropout=cfg.dropout)), None, None
     folder = base_dir() if init == "base" else Path(init)
-    model = with_subframes(load_model(folder), cfg.subframes)
+    model = load_model(folder)
     model.drop.p = cfg.dropout
-    return model, "base" if init == "base" else str(folder)
+    return model, "base" if init == "base" else str(folder), load_lm(folder/"lm.npz") if (folder/"lm.npz").is_file() else None
 
 def _prepare(out, cfg, init, rows):
     "The run's folder; refuses one that holds another run."
@@ -227,12 +229,14 @@ def train(
     if (out/"metrics.json").exists(): return read_json(out/"metrics.json")
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_num_threads(setting("THREADS"))
-    model, parent = _start(init, cfg)
-    data = loader(Clips(tr, Augment(**cfg.augment), cfg.masks, cfg.noise_only, cfg.seed), cfg.batch_seconds, workers=cfg.workers)
+    model, parent, lm = _start(init, cfg)
+    data = loader(Clips(tr, Augment(**cfg.augment), cfg.masks, cfg.noise_only, cfg.seed), cfg.batch_seconds, workers=cfg.workers, short_first=init is None)
     seconds, keeper = _fit(model, cfg, out, data, dev, log)
     model.load_state_dict(keeper.averaged())
-    metrics = _measure(model, tr, dev) | dict(seconds=seconds, audio_seconds_per_second=float(np.median([r["speed"] for r in keeper.curve])),
+    lm = adapt_lm(lm, tr.text.drop_duplicates())
+    metrics = _measure(model, Fusion(lm), tr, dev) | dict(seconds=seconds, audio_seconds_per_second=float(np.median([r["speed"] for r in keeper.curve])),
         parameters=sum(p.numel() for p in model.parameters()), hours=float(tr.duration.sum() / 3600), clips=len(tr), parent=parent)
+    save_lm(lm, out/"lm.npz")
     save_model(out, model, dict(train=asdict(cfg), parent=parent, metrics=metrics))
     write_json(out/"metrics.json", metrics)
     return metrics
@@ -259,9 +263,9 @@ def _fit(model, cfg, out, data, dev, log):
     if trainer.interrupted: raise KeyboardInterrupt
     return sum(r["seconds"] for r in keeper.curve), keeper
 
-def _measure(model, tr, dev, most=200):
+def _measure(model, fusion, tr, dev, most=200):
     "WER of the averaged model on dev and on a sample of the training rows."
-    out, recognizer = {}, TorchRecognizer(model)
+    out, recognizer = {}, TorchRecognizer(model, fusion)
     for name, rows in (("dev", dev), ("train", tr.drop_duplicates("audio_filepath"))):
         if len(rows):
             t = evaluate(rows.sample(min(most, len(rows)), random_state=0) if name == "train" else rows, recognizer)

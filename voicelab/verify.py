@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 
-from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, read_audio
+from .audio import AudioError, _frame_db, _pitch, audio_stats, read_audio
 from .core import InputError, progress, setting, sha256_bytes
 from .text import encode, min_frames, normalize, unknown_characters
 
