@@ -106,16 +106,29 @@ def test_base_bundle_behaves(base):
     assert np.mean([len(x["words"]) for x in noise]) <= 1
 
 
-def test_base_bundle_hears_the_same_after_a_silence(base):
-    "0.8 s later: the same words but for a few, 0.8 s later."
+@pytest.fixture(scope="module")
+def late(base):
+    "What is heard of the clips, and of the same clips after 0.8 s of silence."
     _, bundle, df = base
     r = Recognizer(bundle)
     clips = [read_audio(p) for p in df.audio_filepath]
-    said = r.transcribe(clips)
-    late = r.transcribe([np.r_[.001*np.random.default_rng(0).standard_normal(12800), c].astype(np.float32) for c in clips])
-    assert wer([x["text"] or "-" for x in said], [x["text"] for x in late]) < .15
-    first = [(a["words"][0], b["words"][0]) for a, b in zip(said, late) if a["words"] and b["words"]]
-    assert abs(np.median([b["start"] - a["start"] for a, b in first if a["word"] == b["word"]]) - .8) < .05
+    return r.transcribe(clips), r.transcribe([np.r_[.001*np.random.default_rng(0).standard_normal(12800), c].astype(np.float32) for c in clips])
+
+
+def delays(late, pick):
+    "How much later the words are heard, of those that are heard twice."
+    return [b["start"] - a["start"] for x, y in zip(*late) for a, b in zip(pick(x["words"]), pick(y["words"])) if a["word"] == b["word"]]
+
+
+def test_base_bundle_hears_the_same_after_a_silence(late):
+    "0.8 s later: the same words but for a few, and from the second on 0.8 s later."
+    assert wer([x["text"] or "-" for x in late[0]], [x["text"] for x in late[1]]) < .15
+    assert abs(np.median(delays(late, lambda words: words[1:])) - .8) < .05
+
+
+@pytest.mark.xfail(strict=True, reason="the base model writes the first letter on the first frame, wherever speech begins; see reports/README.md")
+def test_base_bundle_knows_when_the_first_word_begins(late):
+    assert abs(np.median(delays(late, lambda words: words[:1])) - .8) < .05
 
 
 def test_base_bundle_takes_keywords(base):

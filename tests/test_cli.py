@@ -27,7 +27,6 @@ def run(*args, home=None, env=None, cwd=None):
     (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
     (["train", "--manifest", "an4", "--out", "x", "-p", "epochs=0"], "epochs is 0"),
     (["lm", "no.txt", "--out", "x.npz"], "no file no.txt"),
-    (["lm", os.devnull, "--out", "x.npz"], "without a word"),
     (["transcribe", __file__, "--lm", "no.npz"], "no"),
 ])
 def test_bad_input_is_one_line_and_exit_2(args, said, tmp_path):
