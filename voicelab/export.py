@@ -17,7 +17,7 @@ import pandas as pd
 from .audio import read_audio, toy_speech
 from .core import InputError, sha256_file, write_json, write_text
 from .decode import FRAME, Fusion, decode, load_fusion
-from .evaluate import error_table
+from .evaluate import error_table, paired_bootstrap
 from .features import FEATURES, fbank
 from .text import BLANK, TOKENS, tokens_txt
 
@@ -179,7 +179,7 @@ def check_bundle(
     df: pd.DataFrame,  # clips with audio_filepath and text
     max_mb: float = 100.0,  # size allowed for the float file
     tolerance: float = 1e-3,  # largest difference of a log-probability
-    int8_points: float = 1.0,  # WER that int8 may cost, in points; one word always may
+    int8_points: float = 1.0,  # WER that int8 may cost, in points, beyond noise (paired bootstrap); one word always may
 ) -> pd.DataFrame:  # check, ok, value, detail
     "Compare a bundle with the model it came from, with itself in batches, in int8 and in another runtime."
     import torch
@@ -196,8 +196,10 @@ def check_bundle(
             for c, g in (("ONNX equals PyTorch", gap(single["model.onnx"], torch_lp)), ("batch equals single", gap(single["model.onnx"], batch)))]
     t = {name: error_table(df.assign(hyp=hyps)) for name, hyps in text.items()}
     words, (a, b) = int(t["model.onnx"].words.sum()), (int(t[n].errors.sum()) for n in run)
-    change = 100*(b - a)/max(words, 1)
-    rows.append(dict(check="int8 word errors", ok=change <= int8_points or b - a <= 1, value=change, detail=f"{a} errors in float32, {b} in int8, of {words} words: {change:+.2f} points, allowed {int8_points:+g}"))
+    p = paired_bootstrap(t["model.onnx"].errors, t["model.int8.onnx"].errors, t["model.onnx"].words)
+    change, least = 100*p["diff"], 100*p["lo"]
+    rows.append(dict(check="int8 word errors", ok=change <= int8_points or b - a <= 1 or least <= int8_points, value=change,
+                     detail=f"{a} errors in float32, {b} in int8, of {words} words: {change:+.2f} points (from {least:+.2f}), allowed {int8_points:+g} beyond noise"))
     for name, least in (("model.onnx", 1.0), ("model.int8.onnx", .95)): rows.append(_check_sherpa(bundle, clips, name, text[name], least))
     mb = (bundle/"model.onnx").stat().st_size/1e6
     rows.append(dict(check="size", ok=mb <= max_mb, value=mb, detail=f"model.onnx {mb:.1f} MB, model.int8.onnx {(bundle/'model.int8.onnx').stat().st_size/1e6:.1f} MB, allowed {max_mb:g} MB"))
