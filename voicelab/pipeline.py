@@ -68,10 +68,11 @@ class PhaseFailed(Exception):
 
 def to_html(
     notebook,  # executed notebook
+    code: bool = False,  # show the cells too, with their numbers
 ) -> Path:  # the .html beside it
     "A notebook as one HTML file that loads nothing from anywhere."
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", exclude_input=not code, exclude_input_prompt=not code, exclude_output_prompt=not code)
     exporter.mermaid_js_url = ""
     return write_text(Path(notebook).with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
@@ -97,7 +98,7 @@ def run_phase(
     from papermill.exceptions import PapermillExecutionError
     try: _execute(notebook, report, params)
     except PapermillExecutionError as e:
-        page = to_html(report)
+        page = to_html(report, code=True)
         raise PhaseFailed(f"phase {notebook.stem} failed in cell [{e.exec_count}]: {e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''}; open {page}") from None
     to_html(report)
     if not result.exists(): raise PhaseFailed(f"phase {notebook.stem} ended without writing {result}; open {report.with_suffix('.html')}")
