@@ -21,7 +21,7 @@ def measured(rows, run, **more):
     rows = rows.reset_index(drop=True)
     t, greedy = (summary(evaluate(rows, TorchRecognizer(r))).iloc[0] for r in (run, load_model(run)))
     out = dict(wer=t.wer, lo=t.lo, hi=t.hi, cer=t.cer, errors=int(t.errors), words=int(t.words), utterances=int(t.n), greedy_wer=greedy.wer, **more)
-    print(f"WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", more, flush=True)
+    print(f"WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words; greedy {100 * greedy.wer:.2f} %", more, flush=True)
     return out
 
 

@@ -27,7 +27,6 @@ def run(*args, home=None, env=None, cwd=None):
     (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
     (["train", "--manifest", "an4", "--out", "x", "-p", "epochs=0"], "epochs is 0"),
     (["lm", "no.txt", "--out", "x.npz"], "no file no.txt"),
-    (["transcribe", __file__, "--lm", "no.npz"], "no"),
 ])
 def test_bad_input_is_one_line_and_exit_2(args, said, tmp_path):
     done = run(*args, home=tmp_path)
@@ -67,6 +66,8 @@ def test_language_model_of_a_text_file(toy_home, tmp_path):
     for lm in ("lm.npz", "more.npz"):
         done = run("transcribe", clip, "--lm", tmp_path / lm, home=toy_home)
         assert done.stdout.strip() == f"{clip}: a bad cab", done.stderr
+    done = run("transcribe", clip, "--lm", tmp_path / "no.npz", home=toy_home)
+    assert done.returncode == 2 and done.stderr == f"error: no language model {tmp_path / 'no.npz'}\n", done.stderr
 
 
 def test_evaluate_manifest(toy_home, tmp_path):

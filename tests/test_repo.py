@@ -108,3 +108,4 @@ def test_base_model_is_small_and_has_its_card():
     base = ROOT / "voicelab" / "base"
     assert sum(p.stat().st_size for p in base.iterdir()) <= 15_000_000
     assert "AN4" in (base / "model_card.md").read_text()
+    assert not re.search(r'"/[\w.-]+/', (base / "config.json").read_text()), "a folder of the machine that made it"
