@@ -157,6 +157,7 @@ class Augment:
             raise InputError(f"augmentation noises {bad} are unknown; allowed are coloured, car, street")
         if bad := {k: v for k in ("noise", "silence", "room", "phone") if not 0 <= (v := getattr(self, k)) <= 1}:
             raise InputError(f"augmentation shares {bad} are outside 0 to 1")
+        if not 0 <= self.silence_s[0] <= self.silence_s[1]: raise InputError(f"silence_s is {self.silence_s}; it must be two lengths in seconds from 0 on, the shorter first")
         if "street" in self.noises: recorded_noise("street")   # not there: an error now, not in the middle of a training
         for k in ("speeds", "noises", "snr_db", "silence_s", "rt60", "level_db"): setattr(self, k, tuple(getattr(self, k)))
 

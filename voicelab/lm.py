@@ -98,6 +98,7 @@ def train_lm(
     "Count texts into a model."
     texts = list(texts)
     if not 1 <= order <= 9: raise InputError(f"order is {order}; it must be 1 to 9")
+    if not 0 < weight < float("inf"): raise InputError(f"weight is {weight}; it must be above 0")
     if add_to and add_to.order != order: raise InputError(f"order is {order}, that of the model to add to is {add_to.order}; they must be equal")
     if not any(texts): raise InputError(f"{len(texts)} texts without a word; give at least one text of letters")
     tables = []
