@@ -167,20 +167,24 @@ class Augment:
         if kind == "street": return recorded_noise("street")
         return car_noise(seconds, rng) if kind == "car" else colored_noise(seconds, rng, rng.uniform(0, 2))
 
-    def pad(self, x, rng):
-        "Silence on both sides: digital zeros, or a hiss of 60 to 100 dB below full scale."
-        n, m = (int(rng.uniform(*self.silence_s) * SAMPLE_RATE) for _ in range(2))
-        y = np.zeros(n + len(x) + m, np.float32) if rng.random() < .3 else rng.standard_normal(n + len(x) + m, dtype=np.float32) * np.float32(10 ** rng.uniform(-5, -3))
-        y[n:n + len(x)] += x
-        return y
+    def padding(self, rng):
+        "Samples of silence before and after a clip."
+        return tuple(int(rng.uniform(*self.silence_s) * SAMPLE_RATE) for _ in range(2)) if rng.random() < self.silence else (0, 0)
 
-    def __call__(self, x, rng):
+    def padded(self, x, rng):
+        "Another version of x, and how many samples before and after it are known to hold no speech."
         x = speed(x, self.speeds[int(rng.integers(len(self.speeds)))])
-        if rng.random() < self.silence: x = self.pad(x, rng)
+        n, m = self.padding(rng)
+        if n + m:  # digital zeros, or a hiss of 60 to 100 dB below full scale
+            y = np.zeros(n + len(x) + m, np.float32) if rng.random() < .3 else rng.standard_normal(n + len(x) + m, dtype=np.float32) * np.float32(10 ** rng.uniform(-5, -3))
+            y[n:n + len(x)] += x
+            x = y
         if rng.random() < self.room: x = reverb(x, rng, rng.uniform(*self.rt60), rng.uniform(0, 9))
         if self.noises and rng.random() < self.noise: x = add_noise(x, self.background(len(x) / SAMPLE_RATE, rng), rng.uniform(*self.snr_db), rng)
         if rng.random() < self.phone: x = telephone(x)
-        return gain(x, rng.uniform(*self.level_db))
+        return gain(x, rng.uniform(*self.level_db)), n, m
+
+    def __call__(self, x, rng): return self.padded(x, rng)[0]
 
 # %% ../nbs/15_augment.ipynb #a2916e45
 def spec_augment(
@@ -191,9 +195,11 @@ def spec_augment(
     stretches: float = 1.5, # time masks a second
     stretch_width: int = 25,# widest, in frames of 10 ms
     share: float = .3,      # of the frames, at most hidden
+    strength: float = 1.,   # scales widths and share; 0 hides nothing
 ) -> np.ndarray:
     "Features with bands and stretches replaced by the mean of their bin; the input stays as it is."
     out, mean, (T, F) = feats.copy(), feats.mean(0), feats.shape
+    band_width, stretch_width, share = round(strength * band_width), round(strength * stretch_width), strength * share
     for _ in range(bands):
         width = int(rng.integers(min(band_width, F // 2) + 1))
         start = int(rng.integers(F - width + 1))

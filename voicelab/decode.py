@@ -19,7 +19,7 @@ from .lm import NGram, load_lm
 from .text import BLANK, TOKENS, WORD_START, decode_ids, encode, normalize
 
 # %% ../nbs/23_decode.ipynb #15512f1f
-FRAME = 0.02  # seconds from one output frame to the next: a 10 ms feature hop, a stride of 8, four answers a step
+FRAME = 0.03  # seconds from one output frame to the next: a 10 ms feature hop, a stride of 3
 
 # %% ../nbs/23_decode.ipynb #4cc36f89
 @dataclass

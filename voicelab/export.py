@@ -25,7 +25,7 @@ from .text import BLANK, TOKENS, tokens_txt
 _LETTERS = ["▁" + c for c in "abcdefgh"] + list("abcdefgh")  # what a toy model can write
 _BANDS = [12 + 4*i for i in range(16)]  # the mel band of each
 
-def _config(meta): return dict(features=asdict(FEATURES), decoder=dict(kind="ctc", blank=BLANK, stride=2, frame_seconds=FRAME), units=len(TOKENS), **(meta or {}))
+def _config(meta): return dict(features=asdict(FEATURES), decoder=dict(kind="ctc", blank=BLANK, stride=round(100*FRAME), frame_seconds=FRAME), units=len(TOKENS), **(meta or {}))
 
 def toy_tones(
     text: str,  # words of the letters a-h
@@ -98,7 +98,7 @@ def to_onnx(
         torch.onnx.export(model, (torch.randn(2, 123, FEATURES.n_mels), torch.tensor([123, 90])), str(path), input_names=["x", "x_lens"],
                           output_names=["log_probs", "log_probs_len"], dynamic_axes=dynamic, opset_version=17, dynamo=False)
     proto = onnx.load(path)
-    onnx.helper.set_model_props(proto, {k: str(v) for k, v in dict(producer="voicelab", subsampling_factor=2, vocab_size=len(TOKENS), **(meta or {})).items()})
+    onnx.helper.set_model_props(proto, {k: str(v) for k, v in dict(producer="voicelab", subsampling_factor=round(100*FRAME), vocab_size=len(TOKENS), **(meta or {})).items()})
     onnx.save(proto, path)
     return Path(path)
 

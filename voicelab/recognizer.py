@@ -90,7 +90,7 @@ def log_probs(self: Recognizer,
     clips: list,  # of (n,) float32 samples at 16 kHz in ±1
     batch: int = 8,  # clips an inference at most
 ) -> list:  # of (S, V) float32; S = 0 for a clip that is too short or silent
-    "Log-probabilities of the units every 20 ms."
+    "Log-probabilities of the units every 30 ms."
     _check(clips)
     out = [np.zeros((0, self.config["units"]), np.float32)]*len(clips)
     loud = [i for i, c in enumerate(clips) if len(c) >= _MIN_SAMPLES and np.abs(c).max() >= _MIN_PEAK]
