@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # numpy's small products need no threads of their own beside torch's and the loader's
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality base clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live base clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -39,13 +39,16 @@ test: setup ## everything that CI runs: repository rules, notebooks, rooms, and 
 base: setup ## make the base model again (hours): voicelab/base
 	$(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality ## all benchmarks
+bench: bench-cycle bench-quality bench-live ## all benchmarks
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
 
 bench-quality: setup ## WER on unheard people, AN4's test set among them, into reports/benchmarks/quality.json
 	$(BIN)/python tests/bench_quality.py
+
+bench-live: setup ## eight people speak at once: time to the first word and to the final text, into reports/benchmarks/live.json
+	$(BIN)/python tests/bench_live.py
 
 lock: ## pin everything again, from requirements.in
 	$(BIN)/uv pip compile -q requirements.in -o requirements.lock --python-version 3.11

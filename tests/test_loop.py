@@ -15,7 +15,7 @@ from voicelab.monitor import reference_rows, save_report, window_report
 from voicelab.recognizer import Recognizer
 from voicelab.registry import Registry
 from voicelab.requestlog import RequestLog
-from voicelab.serve import server
+from voicelab.server import server
 from voicelab.simulate import FULL, annotate, drive, read_traffic, split_hidden
 
 LETTERS, PEOPLE = "abcdefgh", 10

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voicelab.audio import write_wav
+from voicelab.audio import read_audio, write_wav
 from voicelab.core import write_jsonl
 from voicelab.export import toy_tones
 from voicelab.requestlog import RequestLog
-from voicelab.serve import server
+from voicelab.server import server
+from voicelab.synth import make_voicesearch
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,7 +62,7 @@ def page(browser, url):
     page.set_default_timeout(30_000)
     page.on("pageerror", lambda e: bad.append(str(e)))
     page.on("console", lambda m: bad.append(m.text) if m.type == "error" and "503" not in m.text else None)
-    page.on("request", lambda r: bad.append(r.url) if not r.url.startswith((url, "blob:", "data:")) else None)
+    page.on("request", lambda r: bad.append(r.url) if not r.url.startswith((url, url.replace("http", "ws"), "blob:", "data:")) else None)
     page.goto(url)
     yield page
     context.close()
@@ -124,6 +125,38 @@ def test_escape_cancels(page):
     page.keyboard.up("Space")
     page.wait_for_timeout(500)
     assert page.get_attribute("body", "data-state") == "idle" and sent == []
+
+
+def test_hands_free(page):
+    "The page listens by itself, sends the query when the speaker pauses, and goes on listening; silence is not sent."
+    clips = []
+    page.on("request", lambda r: clips.append(len(r.post_data_buffer or b"")) if "/v1/search" in r.url else None)
+    page.check("#handsfree")
+    page.wait_for_selector("#transcript .w")
+    assert page.inner_text("#transcript") == SAID
+    shows(page, "#status", "Speak when you like")
+    page.wait_for_timeout(1500)                                                 # the clip is followed by four seconds of silence
+    seconds = len(toy_tones(SAID)) / 16000
+    assert len(clips) == 1 and clips[0] / 32000 < seconds + 2, clips
+    page.uncheck("#handsfree")
+    assert page.get_attribute("body", "data-state") == "idle"
+
+
+def test_words_appear_while_somebody_speaks(chromiums, base_home, tmp_path):
+    "With the real model: words are on the page before the button is let go."
+    row = make_voicesearch(tmp_path / "clips", dict(test=1), seed=3).query("split == 'test'").iloc[0]
+    spoken = chromium(chromiums, write_wav(tmp_path / "spoken.wav", np.r_[np.zeros(8000), read_audio(row.audio_filepath), np.zeros(48000)].astype(np.float32)))
+    with server(env=dict(VOICELAB_HOME=str(base_home))) as url:
+        page = spoken.new_context(permissions=["microphone"]).new_page()
+        page.goto(url)
+        page.keyboard.down("Space")
+        page.wait_for_function("document.getElementById('partial').textContent.length > 2", timeout=30_000)
+        assert page.get_attribute("body", "data-state") == "recording"
+        page.wait_for_timeout(round(1000 * row.duration))
+        page.keyboard.up("Space")
+        page.wait_for_selector("#transcript .w, #transcript em")
+        assert page.inner_text("#partial") == ""
+    spoken.close()
 
 
 def test_silence_is_not_sent(chromiums, url, tmp_path):

@@ -18,7 +18,7 @@ from voicelab.core import free_port, write_jsonl
 from voicelab.export import toy_tones
 from voicelab.registry import Registry
 from voicelab.requestlog import RequestLog
-from voicelab.serve import server
+from voicelab.server import server
 
 SAID = "a bad cab"
 CLIP = wav_bytes(toy_tones(SAID))

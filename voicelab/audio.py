@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SECONDS', 'MAX_SECONDS', 'MAX_BYTES', 'MIN_RATE', 'MAX_RATE', 'MAX_CHANNELS', 'AudioError',
-           'wav_bytes', 'write_wav', 'toy_speech', 'decode_audio', 'read_audio', 'speech_mask', 'audio_stats',
-           'show_audio']
+           'wav_bytes', 'write_wav', 'toy_speech', 'AudioReader', 'decode_audio', 'read_audio', 'speech_mask',
+           'audio_stats', 'show_audio']
 
 # %% ../nbs/11_audio.ipynb #7f1be5ea
 import io
@@ -188,31 +188,61 @@ def _check_size(n: int, max_bytes: int | None):
     if n == 0: raise AudioError("empty", f"0 bytes of audio; allowed: {_FORMATS}")
     if n > limit: raise AudioError("too_big", f"{n} bytes of audio; at most {limit} are allowed")
 
-# %% ../nbs/11_audio.ipynb #d08dc77c
+# %% ../nbs/11_audio.ipynb #4204005c
+class AudioReader:
+    "A file of any allowed format, read piece by piece as 16 kHz mono samples; raises `AudioError` where the file goes wrong."
+    def __init__(self,
+        data: bytes,                       # a whole file: wav, flac, mp3, m4a, webm, ogg
+        max_seconds: float | None = None,  # longest clip allowed; None: 600 s
+        max_bytes: int | None = None,      # largest file allowed; None: 128 MiB
+    ):
+        _check_size(len(data), max_bytes)
+        self.limit, self.over = MAX_SECONDS if max_seconds is None else max_seconds, False
+        self.info = dict(format=_sniff(data), sample_rate=None, channels=0, duration=0.)   # of the original; the duration so far
+        self.pieces = self._pieces(data)
+
+    def read(self,
+        seconds: float = np.inf,  # at least so much, if it is there
+    ) -> np.ndarray:              # (n,) float32 at 16 kHz, a block more than asked for at most
+        "The next samples; `over` is true once there are no more."
+        parts, n = [], 0
+        while n < seconds * SAMPLE_RATE:
+            part = next(self.pieces, None)
+            if part is None:
+                self.over = True
+                break
+            parts.append(part)
+            n += len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _pieces(self, data):
+        "Blocks, resampled; the last is held back until the exact length is known."
+        fmt, n, rate, stream, held, sent = self.info["format"], 0, None, None, np.zeros(0, np.float32), 0
+        for block, block_rate in _sndfile_blocks(data, fmt) if fmt in ("wav", "flac") else _av_blocks(data, fmt):
+            if rate is None:
+                rate, self.info["sample_rate"], self.info["channels"] = block_rate, block_rate, block.shape[1]
+                if rate != SAMPLE_RATE: stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+            if (block_rate, block.shape[1]) != (rate, self.info["channels"]):
+                raise AudioError("unreadable", f"the {fmt} file changes its rate or channels midway; allowed: one of each")
+            n += len(block)
+            self.info["duration"] = n / rate
+            if n > self.limit * rate: raise AudioError("too_long", f"the clip is longer than {self.limit:g} s; at most {self.limit:g} s are allowed")
+            yield held
+            sent += len(held)
+            held = np.clip(stream.resample_chunk(_mono(block)), -1, 1) if stream else _mono(block)
+        if n == 0: raise AudioError("empty", f"the {fmt} file holds no samples; at least {MIN_SECONDS} s are needed")
+        if n < MIN_SECONDS * rate: raise AudioError("too_short", f"the clip is {n / rate:.3f} s long; at least {MIN_SECONDS} s are needed")
+        if stream: held = np.concatenate([held, np.clip(stream.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)])
+        yield _fit(held, round(n * SAMPLE_RATE / rate) - sent)
+
 def decode_audio(
     data: bytes,                       # a whole file: wav, flac, mp3, m4a, webm, ogg
     max_seconds: float | None = None,  # longest clip allowed; None: 600 s
     max_bytes: int | None = None,      # largest file allowed; None: 128 MiB
 ) -> tuple[np.ndarray, dict]:          # samples (n,) float32 at 16 kHz; dict(format, sample_rate, channels, duration) of the original
     "Bytes of any allowed format to 16 kHz mono samples, or an `AudioError`."
-    _check_size(len(data), max_bytes)
-    fmt, limit = _sniff(data), MAX_SECONDS if max_seconds is None else max_seconds
-    blocks = _sndfile_blocks(data, fmt) if fmt in ("wav", "flac") else _av_blocks(data, fmt)
-    parts, n, rate, channels, stream = [], 0, None, 0, None
-    for block, block_rate in blocks:
-        if rate is None:
-            rate, channels = block_rate, block.shape[1]
-            if rate != SAMPLE_RATE: stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-        if (block_rate, block.shape[1]) != (rate, channels):
-            raise AudioError("unreadable", f"the {fmt} file changes its rate or channels midway; allowed: one of each")
-        n += len(block)
-        if n > limit * rate: raise AudioError("too_long", f"the clip is longer than {limit:g} s; at most {limit:g} s are allowed")
-        parts.append(stream.resample_chunk(_mono(block)) if stream else _mono(block))
-    if n == 0: raise AudioError("empty", f"the {fmt} file holds no samples; at least {MIN_SECONDS} s are needed")
-    if n < MIN_SECONDS * rate: raise AudioError("too_short", f"the clip is {n / rate:.3f} s long; at least {MIN_SECONDS} s are needed")
-    if stream: parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    x = _fit(np.clip(np.concatenate(parts), -1, 1), round(n * SAMPLE_RATE / rate))
-    return x, dict(format=fmt, sample_rate=rate, channels=channels, duration=n / rate)
+    reader = AudioReader(data, max_seconds, max_bytes)
+    return reader.read(), reader.info
 
 # %% ../nbs/11_audio.ipynb #f917d5f9
 def _fit(x: np.ndarray, n: int) -> np.ndarray:

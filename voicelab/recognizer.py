@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'Recognizer', 'plan_batches', 'load_recognizer']
 
 # %% ../nbs/31_recognizer.ipynb #ddc7bddc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,7 @@ def plan_batches(
     return groups
 
 # %% ../nbs/31_recognizer.ipynb #e3d73124
-_MIN_SAMPLES, _MIN_PEAK = SAMPLE_RATE//10, 1e-4
+_MIN_SAMPLES, _MIN_PEAK, _QUICK_BEAM = SAMPLE_RATE//10, 1e-4, 4
 
 def _check(clips):
     if isinstance(clips, np.ndarray) and clips.ndim == 1: raise InputError("clips is one array; it must be a list of arrays, one a clip")
@@ -104,13 +104,14 @@ def transcribe(self: Recognizer,
     clips: list,  # of (n,) float32 samples at 16 kHz in ±1
     keywords: list = None,  # texts to listen for in all clips
     nbest: int = 0,  # readings to list under `nbest`; 0: none
-    each: list = None,  # instead, dict(keywords=…, nbest=…) for each clip
+    each: list = None,  # instead, dict(keywords=…, nbest=…, quick=…) for each clip; quick: a narrow search, for partial results
     batch: int = 8,  # clips an inference at most
 ) -> list:  # of dict(text, confidence, words, duration, entropy, blank_share, logprobs, nbest?)
     "Texts with word times and confidence, in the order of the clips."
     if each is None: each = [dict(keywords=Keywords(keywords) if keywords else None, nbest=nbest)]*len(clips)
     if len(each) != len(clips): raise InputError(f"each has {len(each)} entries for {len(clips)} clips; it must have one a clip")
-    return [decode(lp, len(c)/SAMPLE_RATE, fusion=self.fusion, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
+    def one(lp, c, quick=False, **how): return decode(lp, len(c)/SAMPLE_RATE, fusion=replace(self.fusion, beam=_QUICK_BEAM) if quick and self.fusion else self.fusion, **how)
+    return [one(lp, c, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
 
 # %% ../nbs/31_recognizer.ipynb #3dcea1cc
 def load_recognizer(

@@ -1,15 +1,18 @@
-// The voice-search page: push to talk, a WAV file to /v1/search, words and results back.
+// The voice-search page: push to talk or hands-free. Words appear while somebody speaks (/vosk); then a WAV file goes to /v1/search, and results come back.
 const $ = (id) => document.getElementById(id);
 const LONGEST = 30;          // seconds; then the recording ends by itself
 const SHORTEST = 0.25;       // seconds; less is a slip of the finger
 const SILENCE = 0.004;       // a peak below this is no speech: it is not sent
 const TAP = 350;             // milliseconds; a shorter press is a tap, which starts and a second one stops
+const BEFORE = 0.4;          // seconds of sound kept from before speech was noticed, hands-free
+const PAUSE = 0.8;           // seconds of silence that end a query, hands-free
 
 const visit = crypto.randomUUID ? crypto.randomUUID() : String(Math.random()).slice(2);   // names this visit, so that it can be erased
 let take = null;             // the recording that is running
 let lastClip = null;         // the clip that a "Try again" sends
 let answered = null;         // the last answer
 let sending = false;
+let handsFree = false;
 
 // ---- recording
 
@@ -36,7 +39,7 @@ async function openMicrophone() {
 
 async function start() {
   if (take || sending) return;
-  const mine = take = { pieces: [], samples: 0, peak: 0, stopped: false };
+  const mine = take = { pieces: [], samples: 0, peak: 0, stopped: false, ear: handsFree ? new Ear() : null };
   tell();
   show("waiting", "Waiting for the microphone …");
   try {
@@ -50,19 +53,86 @@ async function start() {
   const node = new AudioWorkletNode(mine.context, "recorder");
   node.port.onmessage = ({ data }) => {
     if (mine.stopped) return;
-    mine.pieces.push(data);
-    mine.samples += data.length;
     let peak = 0;
     for (const s of data) peak = Math.max(peak, Math.abs(s));
-    mine.peak = Math.max(mine.peak, peak);
     meter(peak);
+    if (mine.ear) return listen(mine, data, mine.ear.hear(data, data.length / mine.context.sampleRate));
+    keep(mine, data, peak);
     if (mine.samples > LONGEST * mine.context.sampleRate) stop();
   };
   mine.context.createMediaStreamSource(mine.stream).connect(node);
-  show("recording", "Listening …");
+  show("recording", mine.ear ? "Speak when you like …" : "Listening …");
+}
+
+function keep(t, data, peak) {
+  t.pieces.push(data);
+  t.samples += data.length;
+  t.peak = Math.max(t.peak, peak);
+  if (t.peak >= SILENCE && !t.live) t.live = new Live(t.context.sampleRate, t.pieces);       // silence stays here
+  else t.live?.send(data);
+}
+
+// ---- hands-free: the page itself decides when somebody speaks, so that silence never leaves the device
+
+class Ear {                     // speech is well above the background, which is followed slowly upwards and fast downwards
+  constructor() { this.floor = 0.002; this.loud = 0; this.quiet = 0; this.speaking = false; }
+  hear(data, seconds) {
+    let power = 0;
+    for (const s of data) power += s * s;
+    const level = Math.sqrt(power / data.length), over = level > Math.max(3 * this.floor, SILENCE);
+    if (!this.speaking) this.floor = level < this.floor ? 0.7 * this.floor + 0.3 * level : Math.min(1.05 * this.floor, 0.98 * this.floor + 0.02 * level);
+    this.loud = over ? this.loud + seconds : 0;
+    this.quiet = over ? 0 : this.quiet + seconds;
+    if (!this.speaking && this.loud >= 0.1) return (this.speaking = true), "began";
+    if (this.speaking && this.quiet >= PAUSE) return (this.speaking = false), "ended";
+    return this.speaking ? "speech" : "silence";
+  }
+}
+
+function listen(t, data, what) {
+  if (sending) { t.pieces = []; t.samples = 0; t.ear.speaking = false; return; }       // one query at a time
+  if (what === "silence") {
+    t.pieces.push(data);
+    t.samples += data.length;
+    while (t.samples - t.pieces[0].length > BEFORE * t.context.sampleRate) t.samples -= t.pieces.shift().length;
+    return;
+  }
+  if (what === "began") show("recording", "Listening …");
+  keep(t, data, 1);
+  if (what !== "ended" && t.samples < LONGEST * t.context.sampleRate) return;
+  lastClip = wav(t.pieces, t.samples, t.context.sampleRate);
+  t.live?.close();
+  Object.assign(t, { pieces: [], samples: 0, peak: 0, live: null });
+  t.ear.speaking = false;
+  send(lastClip);
+}
+
+// ---- words while somebody speaks; the search does not depend on them
+
+class Live {
+  constructor(rate, pieces) {
+    this.waiting = [...pieces];
+    this.said = [];
+    try { this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/vosk`); } catch { return; }
+    this.socket.onopen = () => {
+      this.socket.send(JSON.stringify({ config: { sample_rate: Math.round(rate), words: false } }));
+      for (const piece of this.waiting.splice(0)) this.send(piece);
+    };
+    this.socket.onmessage = ({ data }) => {
+      const heard = JSON.parse(data);
+      if (heard.text) this.said.push(heard.text);
+      if (!heard.error) $("partial").textContent = [...this.said, heard.partial ?? ""].join(" ").trim();
+    };
+  }
+  send(data) {
+    if (this.socket?.readyState === WebSocket.CONNECTING) return void this.waiting.push(data);
+    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(Int16Array.from(data, (s) => Math.max(-1, Math.min(1, s)) * 32767));
+  }
+  close() { if (this.socket) { this.socket.onmessage = this.socket.onopen = null; this.socket.close(); } }
 }
 
 function close(t) {
+  t.live?.close();
   t.stream?.getTracks().forEach((track) => track.stop());
   t.context?.close();
   meter(0);
@@ -77,6 +147,7 @@ function stop(cancel = false) {
   close(t);
   const seconds = t.samples / t.context.sampleRate;
   if (cancel) return show("idle", "Cancelled");
+  if (t.ear && !t.ear.speaking) return show("idle", "Ready");
   if (seconds < SHORTEST) return show("idle", "That was too short. Hold the button while you speak.");
   if (t.peak < SILENCE) return show("idle", "I heard nothing, so nothing was sent.");
   lastClip = wav(t.pieces, t.samples, t.context.sampleRate);
@@ -114,7 +185,7 @@ async function send(clip, tries = 0) {
     if (!response.ok) return fail(answer?.error?.message ? `The server refused this: ${answer.error.message}.` : `The server failed (${response.status}).`);
     sending = false;
     render(answer);
-    show("idle", "Ready");
+    if (take) show("recording", "Speak when you like …"); else show("idle", "Ready");
   } catch {
     fail("The server cannot be reached. Is it running?");
   }
@@ -132,6 +203,7 @@ async function busy(response, clip, tries) {
 
 function fail(message) {
   sending = false;
+  if (take) stop(true);
   show("idle", "Ready");
   tell(message, true);
 }
@@ -142,6 +214,7 @@ function show(state, text) {
   document.body.dataset.state = state;
   $("talk").setAttribute("aria-pressed", String(state === "recording"));
   $("status").textContent = text;
+  if (state !== "recording" || text !== "Listening …") $("partial").textContent = "";
 }
 
 function meter(peak) {
@@ -237,7 +310,7 @@ function press() {
   if (take) { stop(); pressed = 0; } else { pressed = performance.now(); start(); }
 }
 function release() {
-  if (pressed && performance.now() - pressed > TAP) stop();
+  if (pressed && performance.now() - pressed > TAP && !handsFree) stop();
   pressed = 0;
 }
 button.addEventListener("pointerdown", (e) => { if (e.button === 0) { button.setPointerCapture(e.pointerId); press(); } });
@@ -252,11 +325,13 @@ document.addEventListener("keydown", (e) => {
 document.addEventListener("keyup", (e) => { if (e.key === " " && !elsewhere(e)) { e.preventDefault(); release(); } });
 window.addEventListener("blur", () => { if (pressed) release(); });
 
+$("handsfree").addEventListener("change", (e) => { handsFree = e.target.checked; if (take) stop(true); if (handsFree) start(); });
 $("again").addEventListener("click", () => lastClip && send(lastClip));
 $("right").addEventListener("click", () => judge(true));
 $("wrong").addEventListener("click", () => { $("feedback").hidden = true; $("correct").hidden = false; $("correction").value = answered.text; $("correction").focus(); });
 $("correct").addEventListener("submit", (e) => { e.preventDefault(); judge(false, $("correction").value.trim() || null); });
 $("forget").addEventListener("click", forget);
+$("handsfree").checked = false;
 document.querySelectorAll(".consent input").forEach((box) => { box.checked = false; box.addEventListener("change", consentChanged); });
 
 show("idle", "Ready");

@@ -1,0 +1,210 @@
+"""Live speech through the real server: OpenAI's own realtime client, a plain vosk-style client, many streams at once, clients that vanish."""
+import asyncio, base64, json, threading, time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soxr
+from websockets.sync.client import connect
+
+from voicelab.audio import read_audio, wav_bytes
+from voicelab.evaluate import wer
+from voicelab.requestlog import RequestLog
+from voicelab.server import server
+from voicelab.synth import make_voicesearch
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    "A dozen queries by voices that no training heard, without their surroundings: text and samples."
+    df = make_voicesearch(tmp_path_factory.mktemp("live"), dict(test=12), seed=3).query("split == 'test'")
+    return [(t, read_audio(p)) for t, p in zip(df.text, df.audio_filepath)]
+
+
+@pytest.fixture(scope="module")
+def url(base_home):
+    with server(env=dict(VOICELAB_HOME=str(base_home), VOICELAB_STREAMS="12")) as url: yield url
+
+
+def raw(samples) -> bytes: return np.round(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def pieces(samples, rate, ms=100):
+    "The clip between a second of faint hiss before and after, in pieces, as a phone sends it."
+    hiss = np.random.default_rng(0).normal(0, 1e-3, rate).astype(np.float32)
+    x = np.concatenate([hiss, soxr.resample(samples, 16000, rate), hiss])
+    step = rate * ms // 1000
+    return [raw(x[i:i + step]) for i in range(0, len(x), step)]
+
+
+def posted(url, samples) -> str:
+    return httpx.post(f"{url}/v1/audio/transcriptions", files=dict(file=("a.wav", wav_bytes(samples))), timeout=60).json()["text"]
+
+
+def realtime(url, samples, rate=24000, turns=True, **ours):
+    "The events that OpenAI's client receives for one clip."
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    events = []
+    with client.realtime.connect(model="gpt-4o-transcribe", extra_query=dict(intent="transcription")) as c:
+        session = dict(type="transcription", audio=dict(input=dict(format=dict(type="audio/pcm", rate=rate), transcription=dict(model="whisper-1", language="en"))))
+        if not turns: session["audio"]["input"]["turn_detection"] = None
+        c.session.update(session=session | (dict(voicelab=ours) if ours else {}))
+        for p in pieces(samples, rate) if turns else [raw(soxr.resample(samples, 16000, rate))]: c.input_audio_buffer.append(audio=base64.b64encode(p).decode())
+        if not turns: c.input_audio_buffer.commit()
+        for e in c:
+            events.append(e)
+            assert e.type != "error", e
+            if e.type.endswith(("completed", "failed")): return events
+
+
+def test_openai_realtime(url, clips):
+    "The words come while the person speaks, are never taken back, and the transcript is that of the HTTP route."
+    texts, same = [], []
+    for text, samples in clips[:6]:
+        events = realtime(url, samples)
+        kinds = [e.type for e in events]
+        assert kinds[:2] == ["session.created", "session.updated"]
+        order = [kinds.index(f"input_audio_buffer.{k}") for k in ("speech_started", "speech_stopped", "committed")]
+        assert order == sorted(order)
+        done = events[-1]
+        assert "".join(e.delta for e in events if e.type.endswith("delta")) in (done.transcript, "") or not done.transcript.startswith("".join(e.delta for e in events if e.type.endswith("delta")))
+        assert done.usage.type == "duration" and done.item_id == events[order[0]].item_id
+        texts.append(done.transcript)
+        same.append(posted(url, samples))
+    assert wer(same, texts) < .15, (same, texts)
+    assert wer([t for t, _ in clips[:6]], texts) < .35
+
+
+def test_realtime_async_client(url, clips):
+    async def talk():
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+        async with client.realtime.connect(model="gpt-4o-transcribe", extra_query=dict(intent="transcription")) as c:
+            await c.session.update(session=dict(type="transcription", audio=dict(input=dict(format=dict(type="audio/pcm", rate=24000), turn_detection=None))))
+            await c.input_audio_buffer.append(audio=base64.b64encode(raw(soxr.resample(clips[0][1], 16000, 24000))).decode())
+            await c.input_audio_buffer.commit()
+            async for e in c:
+                if e.type.endswith("completed"): return e.transcript
+    assert asyncio.run(talk())
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
+def test_last_words_are_not_lost(url, clips, rate):
+    "Speech up to the last sample, committed by the client: the last word is there as often as when a silence follows."
+    cut, calm = [], []
+    for text, samples in clips[:6]:
+        loud = np.flatnonzero(np.abs(samples) > .05 * np.abs(samples).max())
+        samples = samples[:loud[-1] + 1]
+        cut.append(realtime(url, samples, rate, turns=False)[-1].transcript.split()[-1:])
+        calm.append(posted(url, np.concatenate([samples, np.zeros(6400, np.float32)])).split()[-1:])
+    assert sum(a == b for a, b in zip(cut, calm)) >= 5, (cut, calm)
+
+
+def test_vosk_client(url, clips):
+    "A client written for vosk-server: its way of talking, its default rate, its answers."
+    heard, expected = [], []
+    for text, samples in clips[:4]:
+        with connect(url.replace("http", "ws") + "/vosk") as ws:
+            ws.send(json.dumps(dict(config=dict(sample_rate=16000))))
+            texts = []
+            for p in pieces(samples, 16000, 250):
+                ws.send(p)
+                answer = json.loads(ws.recv())
+                assert ("partial" in answer) != ("text" in answer)
+                if answer.get("text"):
+                    texts.append(answer["text"])
+                    assert [w["word"] for w in answer["result"]] == answer["text"].split() and all(0 < w["start"] <= w["end"] and 0 <= w["conf"] <= 1 for w in answer["result"])
+            ws.send('{"eof" : 1}')
+            texts.append(json.loads(ws.recv())["text"])
+        heard.append(" ".join(t for t in texts if t))
+        expected.append(posted(url, samples))
+    assert wer(expected, heard) < .15, (expected, heard)
+    with connect(url.replace("http", "ws") + "/vosk") as ws:                       # nobody speaks: empty texts, no failure
+        ws.send(bytes(16000))
+        assert json.loads(ws.recv()) == dict(partial="")
+        ws.send('{"eof" : 1}')
+        assert json.loads(ws.recv()) == dict(text="")
+
+
+def test_consent_decides_what_is_kept_of_live_speech(url, clips, base_home, monkeypatch):
+    monkeypatch.setenv("VOICELAB_HOME", str(base_home))
+    before = len(RequestLog().rows())
+    quiet = realtime(url, clips[0][1], turns=False)[-1].to_dict()["voicelab"]
+    assert quiet["logged"] == "none" and len(RequestLog().rows()) == before
+    kept = realtime(url, clips[0][1], turns=False, consent="transcript,audio", region="NO")[-1].to_dict()["voicelab"]
+    row = RequestLog().rows().set_index("request_id").loc[kept["request_id"]]
+    assert (kept["logged"], row.region, row.text != "") == ("audio", "NO", True)
+    assert httpx.delete(f"{url}/v1/subjects/{kept['receipt']}").json()["rows"] == 1
+    assert len(RequestLog().rows()) == before
+
+
+def test_many_streams_one_vanishes(url, clips):
+    "Eight people speak at once, and two connections break in the middle of a word: the eight get their texts, and the places are free again."
+    def vanish():
+        ws = connect(url.replace("http", "ws") + "/vosk")
+        ws.send(raw(clips[0][1])[:20000])
+        ws.socket.close()                                                                 # no goodbye
+    texts = {}
+    def speak(i): texts[i] = realtime(url, clips[i][1])[-1].transcript
+    threads = [threading.Thread(target=speak, args=(i,)) for i in range(8)] + [threading.Thread(target=vanish) for _ in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert sorted(texts) == list(range(8))
+    assert wer([posted(url, clips[i][1]) for i in range(8)], [texts[i] for i in range(8)]) < .15
+    end = time.time() + 30
+    while "voicelab_streams 0.0" not in httpx.get(f"{url}/metrics").text and time.time() < end: time.sleep(.5)
+    assert "voicelab_streams 0.0" in httpx.get(f"{url}/metrics").text
+
+
+@pytest.fixture(scope="module")
+def recording(clips):
+    "Two minutes: the clips one after the other with pauses, as FLAC, and what was said."
+    hush = np.random.default_rng(1).normal(0, 3e-4, 24000).astype(np.float32)
+    samples = np.concatenate([p for _, c in clips * 4 for p in (c, hush)])[:130 * 16000]
+    return wav_bytes(samples, format="FLAC"), samples
+
+
+def test_long_recording_is_cut_into_utterances(url, clips, recording):
+    "As good as its parts, with times in the recording."
+    flac, samples = recording
+    r = httpx.post(f"{url}/v1/audio/transcriptions", files=dict(file=("a.flac", flac)), data=dict(response_format="verbose_json"), timeout=120).json()
+    assert abs(r["duration"] - len(samples) / 16000) < .01
+    starts = [w["start"] for w in r["words"]]
+    assert starts == sorted(starts) and starts[-1] > 100 and r["text"].split() == [w["word"] for w in r["words"]]
+    said, n = [], 0
+    for text, c in clips * 4:
+        n += len(c) + 24000
+        if n > len(samples): break
+        said.append((text, posted(url, c)) if len(said) < len(clips) else (text, said[len(said) - len(clips)][1]))
+    heard = " ".join(w["word"] for w in r["words"] if w["end"] <= (n - len(c)) / 16000 + .3 or n <= len(samples))
+    assert wer([" ".join(p for _, p in said)], [heard]) < .15
+
+
+def test_long_recording_is_streamed_as_it_is_done(url, recording):
+    "OpenAI's client gets the first words long before the last; the sum of the deltas is the transcript."
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    times, text, start = [], "", time.time()
+    for e in client.audio.transcriptions.create(model="whisper-1", file=("a.flac", recording[0]), stream=True):
+        times.append(time.time() - start)
+        if e.type == "transcript.text.delta": text += e.delta
+        else: done = e
+    assert text == done.text and len(times) > 10 and times[0] < .6 * times[-1], times
+    assert done.to_dict()["voicelab"]["logged"] == "none"
+
+
+def test_bad_frames_do_not_end_the_server(url):
+    "Random texts, huge numbers, wrong types: an error event or a closed connection, and the next one is served."
+    rng = np.random.default_rng(0)
+    bad = ["", "null", "[]", "{", '{"type": 1}', '{"type": "session.update", "session": []}', '{"type": "session.update", "session": {"audio": {"input": {"format": {"rate": 1e99}}}}}',
+           '{"type": "session.update", "session": {"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": "x"}}}}}', '{"type": "input_audio_buffer.append"}',
+           '{"type": "input_audio_buffer.append", "audio": 7}', '{"type": "session.update", "session": {"voicelab": {"consent": ["audio"]}}}', "[" * 5000, bytes(rng.integers(0, 256, 999, np.uint8).tolist())]
+    with connect(url.replace("http", "ws") + "/v1/realtime") as ws:
+        assert json.loads(ws.recv())["type"] == "session.created"
+        for b in bad:
+            ws.send(b)
+            assert json.loads(ws.recv())["type"] == "error", b
+    for b in bad[:6] + ['{"config": {"sample_rate": "x"}}', '{"config": {"phrase_list": [7]}}', '{"config": {"max_alternatives": true}}', b"odd"]:
+        with connect(url.replace("http", "ws") + "/vosk") as ws:
+            ws.send(b)
+            assert "error" in json.loads(ws.recv()), b
+    assert httpx.get(f"{url}/readyz").status_code == 200
