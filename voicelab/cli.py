@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_list', 'cmd_train', 'cmd_lm',
-           'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_models_list', 'cmd_models_show', 'cmd_models_promote',
-           'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_purge', 'cmd_monitor',
-           'cmd_labels_next', 'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
+           'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove',
+           'cmd_models_list', 'cmd_models_show', 'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats',
+           'cmd_log_export', 'cmd_log_erase', 'cmd_log_purge', 'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export',
+           'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
@@ -142,8 +143,26 @@ def cmd_transcribe(a):
 
 def cmd_serve(a):
     "the Ray Serve application"
-    from voicelab.serve import run_server
+    from voicelab.server import run_server
+    for name in ("tls_cert", "tls_key"):
+        if getattr(a, name): os.environ[f"VOICELAB_{name.upper()}"] = str(Path(getattr(a, name)).resolve())
     run_server(a.host, a.port, a.model)
+
+def cmd_keys_add(a):
+    "make an API key; it is printed once and cannot be shown again"
+    from voicelab.keys import Keys
+    print(Keys().add(a.name, a.scope, a.rate))
+
+def cmd_keys_list(a):
+    "the API keys: name, scope, requests a minute"
+    from voicelab.keys import Keys
+    _print(Keys().table(), a.json)
+
+def cmd_keys_remove(a):
+    "forget an API key; a running server refuses it at once"
+    from voicelab.keys import Keys
+    Keys().remove(a.name)
+    print(f"removed {a.name}")
 
 def cmd_models_list(a):
     "the registered versions"
@@ -292,7 +311,10 @@ def make_parser() -> argparse.ArgumentParser:
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
     command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=["slice", "noise", "accent", "age"], help="tag to cut along"))
     command("transcribe", cmd_transcribe, o("files", nargs="+", metavar="FILE"), model, precision, lm, o("--keywords", nargs="*", help="words to listen for"))
-    command("serve", cmd_serve, o("--host"), o("--port", type=int), model, json=False)
+    command("serve", cmd_serve, o("--host"), o("--port", type=int), model, o("--tls-cert", help="certificate file, for HTTPS"), o("--tls-key", help="its private key"), json=False)
+    command("keys add", cmd_keys_add, o("name", help="of the app or person"), o("--scope", default="app", help="app: speech; admin: the operator's pages too"), o("--rate", type=int, default=600, help="requests a minute"), json=False)
+    command("keys list", cmd_keys_list)
+    command("keys remove", cmd_keys_remove, o("name"), json=False)
     command("models list", cmd_models_list, o("--name"))
     command("models show", cmd_models_show, o("model", nargs="?", default="champion"))
     command("models promote", cmd_models_promote, o("version"), *who, o("--reason", required=True), json=False)

@@ -38,7 +38,10 @@ SETTINGS = dict(  # name: (type, default, what it does)
     RETENTION_DAYS=(int, 30, "days that consented audio is kept"),
     TRANSCRIPT_DAYS=(int, 90, "days that consented transcripts are kept"),
     METRICS_DAYS=(int, 365, "days that consented measurements are kept"),
-    API_KEYS=(str, "", "comma-separated keys that requests must carry; needed for any HOST but loopback"),
+    KEYS=(str, "", "file of API keys (`voicelab keys`); empty: HOME/keys/api.json. Needed for any HOST but loopback"),
+    TLS_CERT=(str, "", "certificate file, for HTTPS"),
+    TLS_KEY=(str, "", "its private key"),
+    BEHIND_PROXY=(int, 0, "1: a proxy in front ends TLS, so an open HOST needs no certificate here"),
     SEARCH_DOCS=(str, "", "JSONL of documents to search; empty: the built-in ones"),
 )
 

@@ -99,7 +99,7 @@ async def _enter(ws: WebSocket, service: Service):
     offered = [p.strip() for p in ws.headers.get("sec-websocket-protocol", "").split(",") if p.strip()]
     seen = _seen(ws.scope, service.models.label)
     if key := next((p for p in offered if p.startswith("openai-insecure-api-key.")), None): seen["headers"].setdefault("authorization", "Bearer " + key.split(".", 1)[1])
-    if refusal := _refusal(seen, "/v1/"):
+    if refusal := _refusal(seen, "/v1/", service.keys):
         service.metrics.rejects.labels("refused").inc()
         await ws.close(1008, str(refusal)[:120])
     elif getattr(service, "streams", 0) >= setting("STREAMS"):

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'ApiError', 'error_response', 'split_words', 'segments', '
            'check_form', 'Batcher', 'Models', 'Metrics', 'Service', 'joined', 'Envelope', 'build_app']
 
 # %% ../nbs/35_serve.ipynb #b6de1fa8
-import asyncio, hmac, json, math, mimetypes, re, secrets, sys, threading, time, zlib
+import asyncio, json, math, mimetypes, re, secrets, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -24,6 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from .audio import AudioError, AudioReader, audio_stats
 from .core import InputError, home, package_path, read_json, setting
 from .decode import Keywords, decode
+from .keys import Keys
 from .labels import forget as erase_everywhere
 from .listen import Listener
 from .requestlog import RequestLog, consent_scopes
@@ -46,7 +47,7 @@ def error_response(
     e: ApiError,  # what went wrong
 ) -> JSONResponse:
     "OpenAI's error shape."
-    kind = "server_error" if e.status >= 500 else "authentication_error" if e.status == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(e.status, "server_error" if e.status >= 500 else "invalid_request_error")
     body = dict(error=dict(message=str(e), type=kind, param=e.param, code=e.code))
     return JSONResponse(body, e.status, {"Retry-After": str(e.retry_after)} if e.retry_after else None)
 
@@ -344,7 +345,7 @@ class Service:
         search=None,  # search index
         metrics: Metrics = None,  # counters
     ):
-        self.models, self.log, self.search, self.metrics = models, log, search, metrics or Metrics()
+        self.models, self.log, self.search, self.metrics, self.keys = models, log, search, metrics or Metrics(), Keys()
         self.inside, self.most = 0, setting("QUEUE") + setting("BATCH")
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")
         self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self._batched)
@@ -478,16 +479,19 @@ def _seen(scope, model: str) -> dict:
                 consent=consent_scopes(headers.get("x-voicelab-consent")), subject=headers.get("x-voicelab-subject", "").strip()[:256] or None,
                 policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None)
 
-def _refusal(seen: dict, path: str):
+_ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where there are keys
+
+def _refusal(seen: dict, path: str, keys: Keys):
     "The `ApiError` for a request that must not go further, or None."
     headers = seen["headers"]
     if not re.fullmatch(r"[\w-]{1,64}", seen["id"]): return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
     if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
-    keys = [k.strip().encode() for k in setting("API_KEYS").split(",") if k.strip()]
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1", "replace")
-    if keys and path.startswith("/v1/") and not any([hmac.compare_digest(k, given) for k in keys]):
-        return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "authorization", "invalid_api_key")
+    if not len(keys) or not (path.startswith("/v1/") or path in _ADMIN): return None
+    who = keys.find(headers.get("authorization", "").removeprefix("Bearer "))
+    if not who: return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "authorization", "invalid_api_key")
+    if path in _ADMIN and who["scope"] != "admin": return ApiError(403, f"the API key has the scope {who['scope']}; {path} needs admin", "authorization", "wrong_scope")
+    if wait := keys.wait(who): return ApiError(429, f"more than {who['per_minute']} requests a minute with this API key", "authorization", "rate_limit_exceeded", retry_after=math.ceil(wait))
 
 # %% ../nbs/35_serve.ipynb #1b66a68e
 class Envelope:
@@ -508,7 +512,7 @@ class Envelope:
                 started, seen["status"] = True, message["status"]
                 message["headers"] = [*message["headers"], *self._headers(seen, {k for k, _ in message["headers"]})]
             await send(message)
-        refusal = _refusal(seen, scope["path"])
+        refusal = _refusal(seen, scope["path"], self.service.keys)
         try: await (error_response(refusal) if refusal else self.app)(scope, receive, wrapped)
         except Exception as e:
             print(f"request {seen['id']} failed: {type(e).__name__} at {_where(e)}", file=sys.stderr, flush=True)
@@ -611,8 +615,8 @@ _CLIP = dict(file=dict(type="string", format="binary", description="wav, flac, m
 
 def _answers(*codes) -> dict:
     "The error answers that a route documents."
-    why = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page", 404: "Not found", 413: "Too large", 500: "Failure of the server", 503: "Busy: see Retry-After"}
-    return {c: dict(description=why[c], content=_ERROR) for c in (400, 401, 403, 500, *codes)}
+    why = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page, or a key without the scope", 429: "Too many requests with this key: see Retry-After", 404: "Not found", 413: "Too large", 500: "Failure of the server", 503: "Busy: see Retry-After"}
+    return {c: dict(description=why[c], content=_ERROR) for c in (400, 401, 403, 429, 500, *codes)}
 
 # %% ../nbs/35_serve.ipynb #dc3cc54a
 def _speech_routes(app: FastAPI, service: Service):

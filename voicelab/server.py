@@ -6,13 +6,14 @@
 __all__ = ['make_service', 'run_server', 'server']
 
 # %% ../nbs/37_server.ipynb #e7be6a14
-import os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 
 from .core import InputError, free_port, home, setting
+from .keys import Keys
 from .live import add_live
 from .recognizer import Recognizer
 from .registry import Registry
@@ -84,13 +85,26 @@ def _start_ray(folder: str):
 # %% ../nbs/37_server.ipynb #72fffd7f
 def _check_address(host: str, port: int):
     "Refuse an address that is open to others without keys, or taken."
-    if host not in ("127.0.0.1", "localhost", "::1") and not setting("API_KEYS"):
-        raise InputError(f"host {host!r} is open to other machines; set VOICELAB_API_KEYS first, or use 127.0.0.1")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        if not len(Keys()): raise InputError(f"host {host!r} is open to other machines; make an API key first (`voicelab keys add NAME`), or use 127.0.0.1")
+        if not setting("TLS_CERT") and not setting("BEHIND_PROXY"):
+            raise InputError(f"host {host!r} is open to other machines; give --tls-cert and --tls-key (a phone's microphone needs HTTPS), set VOICELAB_BEHIND_PROXY=1 if a proxy in front ends TLS, or use 127.0.0.1")
+    _tls()
     if not 1 <= port <= 65535: raise InputError(f"port {port}; it must be 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((host, port))
         except OSError as e: raise InputError(f"cannot listen on {host}:{port}: {e.strerror}; choose another with --port or VOICELAB_PORT") from None
+
+def _tls() -> dict:
+    "Options for HTTPS; raises `InputError` for half a pair, or files that are none."
+    files = {o: setting(s) for o, s in (("ssl_certfile", "TLS_CERT"), ("ssl_keyfile", "TLS_KEY"))}
+    if not any(files.values()): return {}
+    for f in files.values():
+        if not f or not Path(f).is_file(): raise InputError(f"TLS_CERT is {files['ssl_certfile']!r} and TLS_KEY is {files['ssl_keyfile']!r}; both must be files in PEM form")
+    try: ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(files["ssl_certfile"], files["ssl_keyfile"])
+    except (ssl.SSLError, OSError) as e: raise InputError(f"{files['ssl_certfile']} and {files['ssl_keyfile']} are no certificate with its key: {e}") from None
+    return files
 
 def _ray_folder() -> str:
     "A new folder for Ray's files, named by our process; those of servers that were killed are removed."
@@ -111,7 +125,7 @@ def _start(host: str, port: int, model):
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-    serve.start(http_options=dict(host=host, port=port), logging_config=dict(log_level="WARNING", enable_access_log=False))
+    serve.start(http_options=dict(host=host, port=port, **_tls()), logging_config=dict(log_level="WARNING", enable_access_log=False))
     deployment = serve.deployment(name="voicelab", num_replicas=1, max_ongoing_requests=10_000, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
     serve.run(deployment(serve.ingress()(_Replica)).bind(model), name="voicelab", route_prefix="/")
     return stop
@@ -127,7 +141,7 @@ def run_server(
     _check_address(host, port)
     _, label = Registry().resolve(model or "champion")
     stop = _start(host, port, model)
-    print(f"serving {label} on http://{host}:{port}  (Ctrl-C stops)", flush=True)
+    print(f"serving {label} on {'https' if _tls() else 'http'}://{host}:{port}  (Ctrl-C stops)", flush=True)
     if not block: return stop
     told = threading.Event()
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda *_: told.set())

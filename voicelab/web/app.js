@@ -113,7 +113,8 @@ class Live {
   constructor(rate, pieces) {
     this.waiting = [...pieces];
     this.said = [];
-    try { this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/vosk`); } catch { return; }
+    const key = sessionStorage.getItem("key");
+    try { this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/vosk`, key ? ["realtime", `openai-insecure-api-key.${key}`] : []); } catch { return; }
     this.socket.onopen = () => {
       this.socket.send(JSON.stringify({ config: { sample_rate: Math.round(rate), words: false } }));
       for (const piece of this.waiting.splice(0)) this.send(piece);
@@ -168,6 +169,7 @@ function wav(pieces, n, rate) {
 
 // ---- sending
 
+const withKey = (headers = {}) => { const key = sessionStorage.getItem("key"); return key ? { ...headers, Authorization: `Bearer ${key}` } : headers; };
 const scopes = () => [...document.querySelectorAll(".consent input:checked")].map((b) => b.value);
 
 async function send(clip, tries = 0) {
@@ -179,7 +181,8 @@ async function send(clip, tries = 0) {
   const consent = scopes();
   const headers = consent.length ? { "X-Voicelab-Consent": consent.join(","), "X-Voicelab-Subject": visit, "X-Voicelab-Device": matchMedia("(pointer: coarse)").matches ? "touch" : "desktop" } : {};
   try {
-    const response = await fetch("/v1/search", { method: "POST", body, headers });
+    const response = await fetch("/v1/search", { method: "POST", body, headers: withKey(headers) });
+    if (response.status === 401) return askForKey();
     if (response.status === 503 || response.status === 429) return await busy(response, clip, tries);
     const answer = await response.json().catch(() => null);
     if (!response.ok) return fail(answer?.error?.message ? `The server refused this: ${answer.error.message}.` : `The server failed (${response.status}).`);
@@ -199,6 +202,12 @@ async function busy(response, clip, tries) {
     await new Promise((done) => setTimeout(done, 1000));
   }
   return send(clip, tries + 1);
+}
+
+function askForKey() {
+  fail(sessionStorage.getItem("key") ? "The server did not accept this API key." : "This server asks for an API key.");
+  $("key").hidden = false;
+  $("key-text").focus();
 }
 
 function fail(message) {
@@ -278,7 +287,7 @@ function result(r) {
 async function judge(correct, correction = null) {
   $("feedback").hidden = $("correct").hidden = true;
   try {
-    const response = await fetch("/v1/feedback", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ request_id: answered.request_id, correct, correction }) });
+    const response = await fetch("/v1/feedback", { method: "POST", headers: withKey({ "Content-Type": "application/json" }), body: JSON.stringify({ request_id: answered.request_id, correct, correction }) });
     if (!response.ok) throw new Error();
     const { logged } = await response.json();
     $("thanks").textContent = logged === "none" ? "Thank you. Nothing of this search was kept, so neither is your answer."
@@ -288,7 +297,7 @@ async function judge(correct, correction = null) {
 
 async function forget() {
   try {
-    const response = await fetch(`/v1/subjects/${encodeURIComponent(visit)}`, { method: "DELETE" });
+    const response = await fetch(`/v1/subjects/${encodeURIComponent(visit)}`, { method: "DELETE", headers: withKey() });
     if (!response.ok) throw new Error();
     const gone = await response.json();
     $("consent-state").textContent = `Deleted: ${gone.rows === 1 ? "1 search" : `${gone.rows} searches`}, ${gone.audio === 1 ? "1 recording" : `${gone.audio} recordings`}.`;
@@ -331,8 +340,14 @@ $("right").addEventListener("click", () => judge(true));
 $("wrong").addEventListener("click", () => { $("feedback").hidden = true; $("correct").hidden = false; $("correction").value = answered.text; $("correction").focus(); });
 $("correct").addEventListener("submit", (e) => { e.preventDefault(); judge(false, $("correction").value.trim() || null); });
 $("forget").addEventListener("click", forget);
+$("key").addEventListener("submit", (e) => {
+  e.preventDefault();
+  sessionStorage.setItem("key", $("key-text").value.trim());                  // for as long as this tab is open
+  $("key").hidden = true;
+  if (lastClip) send(lastClip);
+});
 $("handsfree").checked = false;
 document.querySelectorAll(".consent input").forEach((box) => { box.checked = false; box.addEventListener("change", consentChanged); });
 
 show("idle", "Ready");
-fetch("/v1/models").then((r) => r.json()).then((m) => { $("model").textContent = `Model ${m.data[0].version}`; }).catch(() => {});
+fetch("/v1/models", { headers: withKey() }).then((r) => r.json()).then((m) => { $("model").textContent = `Model ${m.data[0].version}`; }).catch(() => {});

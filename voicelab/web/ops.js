@@ -18,9 +18,15 @@ function parse(text) {      // Prometheus text: [{name, labels, value}]
 const flat = (o, path = "") => Object.entries(o ?? {}).flatMap(([k, v]) => v !== null && typeof v === "object" && !Array.isArray(v) ? flat(v, `${path}${k}.`) : [[path + k, v]]);
 const plain = (v) => typeof v === "number" ? String(Math.round(v * 1e4) / 1e4) : typeof v === "string" ? v : JSON.stringify(v);
 
+class Locked extends Error {}
+async function get(path) {
+  const key = sessionStorage.getItem("key"), response = await fetch(path, { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  if (response.status === 401 || response.status === 403) throw new Locked();
+  return response;
+}
 async function refresh() {
   try {
-    const [ready, text] = await Promise.all([fetch("readyz").then((r) => r.json()), fetch("metrics").then((r) => r.text())]);
+    const [ready, text] = await Promise.all([get("readyz").then((r) => r.json()), get("metrics").then((r) => r.text())]);
     const metrics = parse(text);
     const sum = (name, where = {}) => metrics.filter((m) => m.name === name && Object.entries(where).every(([k, v]) => m.labels[k] === v)).reduce((s, m) => s + m.value, 0);
     const n = sum("voicelab_request_seconds_count"), audio = sum("voicelab_audio_seconds_total");
@@ -30,15 +36,22 @@ async function refresh() {
       card(sum("voicelab_rejects_total"), "refused because busy"), card(sum("voicelab_log_failures_total"), "not logged though allowed"), card(sum("voicelab_requests_inside"), "inside now"));
     $("requests").replaceChildren(...metrics.filter((m) => m.name === "voicelab_requests_total").map((m) => row(m.labels.endpoint, m.labels.status, m.value)));
     $("problem").hidden = true;
-  } catch {
-    $("problem").textContent = "The server cannot be reached.";
+  } catch (e) {
+    $("problem").textContent = e instanceof Locked ? "This page needs an API key with the scope admin." : "The server cannot be reached.";
     $("problem").hidden = false;
+    $("key").hidden = !(e instanceof Locked);
   }
 }
 async function report() {
-  const { window, report } = await fetch("v1/monitor").then((r) => r.json());
+  const { window, report } = await get("v1/monitor").then((r) => r.json()).catch(() => ({}));
   if (!report) return;
   $("window").textContent = window;
   $("report").replaceChildren(...flat(report).slice(0, 200).map(([k, v]) => row(k, plain(v).slice(0, 400))));
 }
+$("key").addEventListener("submit", (e) => {
+  e.preventDefault();
+  sessionStorage.setItem("key", $("key-text").value.trim());
+  $("key").hidden = true;
+  refresh(); report();
+});
 refresh(); report(); setInterval(refresh, 5000);
