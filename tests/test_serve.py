@@ -1,5 +1,5 @@
 """The real server, over real HTTP: formats, bad input, overload, consent on the disk, kill -9, swap, OpenAI's client."""
-import glob, io, os, re, shutil, signal, sqlite3, subprocess, sys, tempfile, threading, time
+import glob, io, json, os, re, shutil, signal, sqlite3, ssl, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 import soundfile as sf
 import soxr
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from voicelab.audio import wav_bytes
 from voicelab.core import free_port, write_jsonl
 from voicelab.export import toy_tones
+from voicelab.keys import Keys
 from voicelab.registry import Registry
 from voicelab.requestlog import RequestLog
 from voicelab.server import server
@@ -413,6 +416,29 @@ def postgres(tmp_path_factory):
     yield f"postgresql://voicelab@127.0.0.1:{port}/postgres"
     run(tools["pg_ctl"], "-D", f"{folder}/data", "-m", "immediate", "stop")
     shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl on this machine to make a certificate with")
+def test_https_and_keys(toy_home, tmp_path):
+    "A certificate and a key for each app: speech by HTTPS and by a secure WebSocket, and nothing without a key."
+    cert, private, keys = tmp_path / "cert.pem", tmp_path / "key.pem", Keys(tmp_path / "api.json")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", private, "-out", cert], check=True, capture_output=True)
+    app = keys.add("app")
+    with server(env=dict(VOICELAB_HOME=str(toy_home), VOICELAB_KEYS=str(keys.path), VOICELAB_TLS_CERT=str(cert), VOICELAB_TLS_KEY=str(private))) as url:
+        trust = ssl.create_default_context(cafile=cert)
+        assert url.startswith("https")
+        with pytest.raises(httpx.HTTPError): httpx.get(url.replace("https", "http") + "/healthz")
+        def ask(**headers): return httpx.post(f"{url}/v1/audio/transcriptions", files=dict(file=("a.wav", CLIP)), headers=headers, verify=trust, timeout=60)
+        assert ask().status_code == 401
+        assert ask(authorization=f"Bearer {app}").json()["text"] == SAID
+        assert httpx.get(f"{url}/metrics", verify=trust, headers=dict(authorization=f"Bearer {app}")).status_code == 403
+        with connect(url.replace("https", "wss") + "/vosk", ssl=trust, additional_headers=dict(authorization=f"Bearer {app}")) as ws:
+            ws.send('{"eof" : 1}')
+            assert json.loads(ws.recv()) == dict(text="")
+        with pytest.raises(InvalidStatus): connect(url.replace("https", "wss") + "/vosk", ssl=trust)
+        keys.remove("app")
+        assert ask(authorization=f"Bearer {app}").status_code == 401                     # without a restart
 
 
 def test_postgresql(postgres, tmp_path, monkeypatch):

@@ -17,12 +17,12 @@ SCOPES = ("app", "admin")
 def _digest(key: str) -> str: return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 class Keys:
-    "The API keys of a server. Without any, nobody is asked for one."
+    "The API keys of a server. Without any, nobody is asked for one; but who had one and removed it has not opened the door."
     def __init__(self,
         path=None,  # their file; None: the setting KEYS, else HOME/keys/api.json
     ):
         self.path = Path(path or setting("KEYS") or home("keys", "api.json"))
-        self.stamp, self.entries, self.tokens = None, {}, {}
+        self.stamp, self.entries, self.tokens, self.asked = None, {}, {}, False
         self._look(strict=True)
 
     def _look(self, strict=False):
@@ -34,7 +34,7 @@ class Keys:
         except (OSError, ValueError, TypeError, KeyError):
             if strict: raise InputError(f"{self.path} is no file of API keys; remove it, and make new keys with `voicelab keys add NAME`") from None
             return
-        self.stamp, self.entries = stamp, entries
+        self.stamp, self.entries, self.asked = stamp, entries, self.asked or bool(entries)
 
     def _write(self):
         write_json(self.path, list(self.entries.values()))
@@ -44,6 +44,11 @@ class Keys:
     def __len__(self):
         self._look()
         return len(self.entries)
+
+    def needed(self) -> bool:
+        "Must a request carry a key?"
+        self._look()
+        return self.asked
 
     def add(self,
         name: str,              # of the app or person

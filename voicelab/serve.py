@@ -487,7 +487,7 @@ def _refusal(seen: dict, path: str, keys: Keys):
     if not re.fullmatch(r"[\w-]{1,64}", seen["id"]): return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
     if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
-    if not len(keys) or not (path.startswith("/v1/") or path in _ADMIN): return None
+    if not keys.needed() or not (path.startswith("/v1/") or path in _ADMIN): return None
     who = keys.find(headers.get("authorization", "").removeprefix("Bearer "))
     if not who: return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "authorization", "invalid_api_key")
     if path in _ADMIN and who["scope"] != "admin": return ApiError(403, f"the API key has the scope {who['scope']}; {path} needs admin", "authorization", "wrong_scope")

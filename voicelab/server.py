@@ -166,8 +166,9 @@ def server(
             proc = subprocess.Popen([python, "-c", f"from voicelab.server import run_server; run_server('127.0.0.1', {port}, {model!r})"],
                                     stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True)
         try:
-            url = f"http://127.0.0.1:{port}"
-            _await_ready(url, proc, log, wait)
+            cert = (os.environ | (env or {})).get("VOICELAB_TLS_CERT")
+            url = f"http{'s' if cert else ''}://127.0.0.1:{port}"
+            _await_ready(url, proc, log, wait, ssl.create_default_context(cafile=cert) if cert else True)
             yield url
         finally:
             proc.terminate()
@@ -175,11 +176,11 @@ def server(
             except subprocess.TimeoutExpired: proc.kill()
             with suppress(ProcessLookupError): os.killpg(proc.pid, signal.SIGKILL)     # nothing of it stays
 
-def _await_ready(url: str, proc, log: Path, wait: float):
+def _await_ready(url: str, proc, log: Path, wait: float, verify):
     "Return when the server is ready; raises with the end of its log when it dies or takes too long."
     end = time.time() + wait
     while time.time() < end and proc.poll() is None:
         with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200: return
+            if httpx.get(f"{url}/readyz", timeout=2, verify=verify).status_code == 200: return
         time.sleep(.2)
     raise InputError(f"the server did not start: {log.read_text(errors='replace').strip()[-1500:] or 'it said nothing'}")
