@@ -54,10 +54,11 @@ def toy_bundle(
     ids = [TOKENS.index(u) for u in _LETTERS]
     weight[_BANDS, ids] = 1
     bias[ids], bias[BLANK] = 0, 2           # the blank wins unless a band is louder than e²
-    const = dict(w=weight, b=bias, start=[0], end=[2**31], axis=[1], step=[2], one=[1], two=[2])
+    stride = round(100*FRAME)
+    const = dict(w=weight, b=bias, start=[0], end=[2**31], axis=[1], step=[stride], more=[stride - 1])
     graph = h.make_graph([h.make_node("Slice", ["x", "start", "end", "axis", "step"], ["s"]), h.make_node("MatMul", ["s", "w"], ["m"]),
         h.make_node("Add", ["m", "b"], ["a"]), h.make_node("LogSoftmax", ["a"], ["log_probs"], axis=-1),
-        h.make_node("Add", ["x_lens", "one"], ["l"]), h.make_node("Div", ["l", "two"], ["log_probs_len"])], "toy",
+        h.make_node("Add", ["x_lens", "more"], ["l"]), h.make_node("Div", ["l", "step"], ["log_probs_len"])], "toy",
         [h.make_tensor_value_info("x", T.FLOAT, ["N", "T", 80]), h.make_tensor_value_info("x_lens", T.INT64, ["N"])],
         [h.make_tensor_value_info("log_probs", T.FLOAT, ["N", "S", len(TOKENS)]), h.make_tensor_value_info("log_probs_len", T.INT64, ["N"])],
         [nh.from_array(np.asarray(v, None if k in "wb" else np.int64), k) for k, v in const.items()])
