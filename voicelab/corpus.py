@@ -14,8 +14,8 @@ import numpy as np, pandas as pd
 from .core import InputError, home
 from .audio import SAMPLE_RATE, read_audio, write_wav
 from .manifest import import_corpus
+from .noise import add_noise, car_noise, colored_noise, noise_files, recorded_noise
 from .synth import FULL, QUICK, make_voicesearch
-from .augment import add_noise, car_noise, colored_noise, noise_files, recorded_noise
 
 # %% ../nbs/16_corpus.ipynb #052cdd05
 def _owner(df: pd.DataFrame) -> pd.Series:

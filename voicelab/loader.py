@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClipStore', 'silent_frames', 'Clips', 'Buckets', 'collate', 'loader']
 
-# %% ../nbs/22_loader.ipynb #601e8ddf
+# %% ../nbs/22_loader.ipynb #87b6b4b6
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .audio import SAMPLE_RATE, read_audio
-from .augment import Augment, colored_noise, spec_augment
+from .augment import Augment, spec_augment
 from .core import InputError, progress
 from .features import fbank
 from .model import STRIDE, out_lengths
+from .noise import colored_noise
 from .text import encode, min_frames
 
 # %% ../nbs/22_loader.ipynb #0688bf2d
@@ -37,7 +38,7 @@ class ClipStore:
 
     def __len__(self): return len(self.ends)
 
-# %% ../nbs/22_loader.ipynb #caab12ac
+# %% ../nbs/22_loader.ipynb #03f50bda
 def silent_frames(
     samples: int,  # silence at 16 kHz
 ) -> int:
@@ -68,7 +69,7 @@ class Clips(Dataset):
         rng, x, ids, silent = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
         if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
         elif self.augment:
-            x, *silent = self.augment.padded(x, rng)
+            x, *silent = self.augment.padded(x, rng, self.store)
             silent = tuple(map(silent_frames, silent))
         feats = fbank(x)
         if out_lengths(len(feats)) - sum(silent) < min_frames(ids): feats, silent = fbank(self.store[i]), (0, 0)  # sped up too much for its text
