@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile as sf
 
-from .audio import AudioError, read_audio
+from .audio import SAMPLE_RATE, AudioError, read_audio
 from .core import InputError, home, progress, read_json, read_jsonl, sha256_bytes, sha256_file, utc_now, write_json, write_jsonl, write_text
 
 # %% ../nbs/12_manifest.ipynb #5e02e32e
@@ -41,8 +42,11 @@ def _seconds(v, where: str, what: str = "duration") -> float:
     return s
 
 def _measure(path: Path, where: str) -> float:
-    "The duration of a file whose row does not tell it."
-    try: return round(len(read_audio(path)) / 16000, 4)
+    "The duration of a file whose row does not tell it: by the header of a WAV or FLAC file, else by decoding."
+    if path.suffix.lower() in (".wav", ".flac"):
+        with contextlib.suppress(sf.LibsndfileError):
+            if 0 < (head := sf.info(path)).frames < 2**40: return round(head.frames / head.samplerate, 4)      # a stream's header promises 2**63
+    try: return round(len(read_audio(path)) / SAMPLE_RATE, 4)
     except AudioError as e: raise InputError(f"{where}: duration is missing and the audio cannot be measured: {e}") from e
 
 # %% ../nbs/12_manifest.ipynb #11033013
