@@ -7,7 +7,8 @@ from pathlib import Path
 
 from voicelab.core import git_commit, home, read_json, utc_now, write_json
 from voicelab.evaluate import evaluate, summary
-from voicelab.manifest import assign_splits, import_corpus
+from voicelab.importers import import_corpus
+from voicelab.manifest import assign_splits
 from voicelab.model import load_model
 from voicelab.synth import BASE, make_voicesearch
 from voicelab.train import TorchRecognizer, TrainConfig, base_dir, train

@@ -146,7 +146,7 @@ def test_base_bundle_takes_keywords(base):
 def test_base_bundle_on_people(base, tmp_path):
     "AN4's dev speakers, where that corpus is found."
     if not setting("CORPORA") or not Path(setting("CORPORA"), "an4").is_dir(): pytest.skip("AN4 not found under CORPORA")
-    from voicelab.manifest import import_corpus
+    from voicelab.importers import import_corpus
     model, bundle, _ = base
     df = import_corpus("an4").query("split == 'dev'").iloc[::4].reset_index(drop=True)
     checks = check_bundle(bundle, model, df)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from voicelab import manifest
+from voicelab import importers, manifest
 from voicelab.audio import AudioError, decode_audio, read_audio, toy_speech, write_wav
 from voicelab.core import InputError, setting
 from voicelab.verify import inspect, noise_evidence, noise_verdict, verify
@@ -144,17 +144,17 @@ def test_fetch_fsdd(home, tmp_path, site, monkeypatch):
     for d in range(10):
         for k in (0, 6, 20): write_wav(tmp_path/"src"/f"{d}_theo_{k}.wav", toy_speech(.4, seed=d)[::2], rate=8000)
     with tarfile.open(www/"fsdd.tar.gz", "w:gz") as tar: tar.add(tmp_path/"src", "free-spoken-digit-dataset-1.0.10/recordings")
-    monkeypatch.setitem(manifest._SOURCES, "fsdd", dict(url=f"{url}/fsdd.tar.gz", licence="CC BY-SA 4.0", clips=30))
+    monkeypatch.setitem(importers._SOURCES, "fsdd", dict(url=f"{url}/fsdd.tar.gz", licence="CC BY-SA 4.0", clips=30))
     handler.cut = 500                                              # the connection breaks before the end
-    with pytest.raises(InputError, match="fsdd"): manifest.import_corpus("fsdd")
+    with pytest.raises(InputError, match="fsdd"): importers.import_corpus("fsdd")
     assert files(home) == []
     handler.cut = 0
-    df = manifest.import_corpus("fsdd")                            # downloads
+    df = importers.import_corpus("fsdd")                            # downloads
     assert df.split.value_counts().to_dict() == dict(train=10, dev=10, test=10)
     (www/"fsdd.tar.gz").unlink()
-    assert len(manifest.import_corpus("fsdd")) == 30               # is there now
-    monkeypatch.setitem(manifest._SOURCES, "an4", dict(url=f"{url}/gone.tar.gz", licence="", clips=1))
-    with pytest.raises(InputError, match=r"cannot fetch an4 from .* put it under VOICELAB_CORPORA/an4"): manifest.import_corpus("an4")
+    assert len(importers.import_corpus("fsdd")) == 30               # is there now
+    monkeypatch.setitem(importers._SOURCES, "an4", dict(url=f"{url}/gone.tar.gz", licence="", clips=1))
+    with pytest.raises(InputError, match=r"cannot fetch an4 from .* put it under VOICELAB_CORPORA/an4"): importers.import_corpus("an4")
 
 
 # --- hostile audio ---------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_playlists_are_not_followed(tmp_path):
 def test_real_corpora_are_clean(name):
     "No recording of a person is called bad."
     if not setting("CORPORA") or not (Path(setting("CORPORA"))/name).is_dir(): pytest.skip(f"no {name} under CORPORA")
-    df = manifest.import_corpus(name)
+    df = importers.import_corpus(name)
     problems = verify(df, inspect(df), shared_speakers=name == "fsdd")
     errors = problems[problems.severity == "error"]
     assert errors.empty, errors.head().to_string()

@@ -229,7 +229,7 @@ def test_reports_are_strict_json(loop):
 def test_drift_on_recordings_of_people():
     "Clean speakers of AN4 raise nothing; the same clips in noise, or quieter, are found, and named."
     from voicelab.audio import audio_stats
-    from voicelab.manifest import import_corpus
+    from voicelab.importers import import_corpus
     from voicelab.noise import add_noise, colored_noise
     an4 = import_corpus("an4").query("split == 'train'")
     people = sorted(an4.speaker.unique()); rng = np.random.default_rng(0)

@@ -469,7 +469,7 @@ def test_an4_dev_through_openai_client(base_home, corpora, monkeypatch):
     "AN4's dev speakers: what the endpoint answers is what the recogniser says in process, so the word error rate is the same."
     from voicelab.audio import read_audio
     from voicelab.evaluate import error_table
-    from voicelab.manifest import import_corpus
+    from voicelab.importers import import_corpus
     from voicelab.recognizer import load_recognizer
     monkeypatch.setenv("VOICELAB_HOME", str(base_home))
     df = import_corpus("an4").query("split == 'dev'").reset_index(drop=True)
