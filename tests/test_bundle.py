@@ -99,7 +99,7 @@ def test_base_bundle_behaves(base):
     r = Recognizer(bundle)
     clips = [read_audio(p) for p in df.audio_filepath]
     hyps = [x["text"] for x in r.transcribe(clips)]
-    assert wer(df.text, hyps) < .25
+    assert wer(df.text, hyps) < .15
     assert wer([h or "-" for h in hyps], [x["text"] for x in r.transcribe([.5*c for c in clips])]) < .04
     assert r.transcribe([np.zeros(32000, np.float32)])[0]["text"] == ""
     noise = r.transcribe([(10**(-d/20)*np.random.default_rng(d).standard_normal(48000)).astype(np.float32) for d in range(20, 60, 4)])
@@ -121,14 +121,10 @@ def delays(late, pick):
 
 
 def test_base_bundle_hears_the_same_after_a_silence(late):
-    "0.8 s later: the same words but for a few, and from the second on 0.8 s later."
-    assert wer([x["text"] or "-" for x in late[0]], [x["text"] for x in late[1]]) < .15
-    assert abs(np.median(delays(late, lambda words: words[1:])) - .8) < .05
-
-
-@pytest.mark.xfail(strict=True, reason="the base model writes the first letter on the first frame, wherever speech begins; see reports/README.md")
-def test_base_bundle_knows_when_the_first_word_begins(late):
+    "0.8 s later: the same words but for a few, and all of them 0.8 s later, the first one too."
+    assert wer([x["text"] or "-" for x in late[0]], [x["text"] for x in late[1]]) < .1
     assert abs(np.median(delays(late, lambda words: words[:1])) - .8) < .05
+    assert abs(np.median(delays(late, lambda words: words[1:])) - .8) < .05
 
 
 def test_base_bundle_takes_keywords(base):
@@ -151,7 +147,7 @@ def test_base_bundle_on_people(base, tmp_path):
     df = import_corpus("an4").query("split == 'dev'").iloc[::4].reset_index(drop=True)
     checks = check_bundle(bundle, model, df)
     assert checks.ok.all(), checks.to_string()
-    assert wer(df.text, [x["text"] for x in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath])]) < .25
+    assert wer(df.text, [x["text"] for x in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath])]) < .2
 
 
 def test_memory_stays_bounded(tmp_path):

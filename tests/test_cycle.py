@@ -43,7 +43,7 @@ def check(run, out, home, corpus):
 def test_cycle_on_the_default_corpus(tmp_path):
     run, out = run_cycle("voicesearch", tmp_path)
     results = check(run, out, tmp_path, "voicesearch")
-    assert results["4_errors"]["metrics"]["wer"] < 0.25
+    assert results["4_errors"]["metrics"]["wer"] < 0.13
     assert results["7_retrain"]["metrics"]
 
 
@@ -52,4 +52,4 @@ def test_cycle_on_recordings_of_people(corpora, tmp_path):
     run, out = run_cycle("an4", tmp_path)
     results = check(run, out, tmp_path, "an4")
     assert results["2_data"]["outputs"]["eval_split"] == "dev"      # the official test set is not read by a test suite
-    assert results["4_errors"]["metrics"]["wer"] < 0.25
+    assert results["4_errors"]["metrics"]["wer"] < 0.18

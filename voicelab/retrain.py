@@ -88,7 +88,7 @@ def mix(
     return tuned, share, tried
 
 # %% ../nbs/42_retrain.ipynb #0c16a43c
-GENTLE = dict(epochs=4, lr=3e-4, warmup=0.2, average=2, check_every=4, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
+GENTLE = dict(epochs=4, lr=2e-4, masks=0.5, warmup=0.2, average=2, check_every=4, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
 
 def train_challenger(
     version,        # dataset version id

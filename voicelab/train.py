@@ -58,7 +58,7 @@ class TrainConfig:
         for name in ("epochs", "batch_seconds", "lr", "average", "check_every"):
             if not getattr(self, name) > 0: raise InputError(f"{name} is {getattr(self, name)!r}; it must be above 0")
 
-QUICK = dict(epochs=4, lr=3e-4, average=2, check_every=4, warmup=0.2)  # fine-tune the base model
+QUICK = dict(epochs=4, lr=3e-4, masks=0.5, average=2, check_every=4, warmup=0.2)  # fine-tune the base model
 
 # %% ../nbs/26_train.ipynb #05bc9f8c
 def rate(
