@@ -150,7 +150,7 @@ def test_words_appear_while_somebody_speaks(chromiums, base_home, tmp_path):
         page = spoken.new_context(permissions=["microphone"]).new_page()
         page.goto(url)
         page.keyboard.down("Space")
-        page.wait_for_function("document.getElementById('partial').textContent.length > 2", timeout=30_000)
+        page.wait_for_selector("#partial:not(:empty)", timeout=30_000)
         assert page.get_attribute("body", "data-state") == "recording"
         page.wait_for_timeout(round(1000 * row.duration))
         page.keyboard.up("Space")
