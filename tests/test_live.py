@@ -59,8 +59,8 @@ def realtime(url, samples, rate=24000, turns=True, **ours):
 
 
 def test_openai_realtime(url, clips):
-    "The words come while the person speaks, are never taken back, and the transcript is that of the HTTP route."
-    texts, same = [], []
+    "The words come while the person speaks, add up to the transcript, and that is the transcript of the HTTP route."
+    texts, same, whole = [], [], 0
     for text, samples in clips[:6]:
         events = realtime(url, samples)
         kinds = [e.type for e in events]
@@ -68,10 +68,11 @@ def test_openai_realtime(url, clips):
         order = [kinds.index(f"input_audio_buffer.{k}") for k in ("speech_started", "speech_stopped", "committed")]
         assert order == sorted(order)
         done = events[-1]
-        assert "".join(e.delta for e in events if e.type.endswith("delta")) in (done.transcript, "") or not done.transcript.startswith("".join(e.delta for e in events if e.type.endswith("delta")))
+        whole += "".join(e.delta for e in events if e.type.endswith("delta")) == done.transcript
         assert done.usage.type == "duration" and done.item_id == events[order[0]].item_id
         texts.append(done.transcript)
         same.append(posted(url, samples))
+    assert whole >= 4                                                          # a word that two partials agreed on may still be another in the end
     assert wer(same, texts) < .15, (same, texts)
     assert wer([t for t, _ in clips[:6]], texts) < .35
 

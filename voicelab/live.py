@@ -18,7 +18,7 @@ from .core import InputError, setting
 from .decode import Keywords
 from .listen import RATES, EndPointing, Listener, Utterance
 from .requestlog import consent_scopes
-from .serve import ApiError, Service, _log, _logprobs, _refusal, _seen, _usage
+from .serve import ApiError, Service, _logprobs, _recognised, _record, _refusal, _seen, _usage
 
 # %% ../nbs/36_live.ipynb #66a667e7
 _TAIL = np.zeros(int(.2 * SAMPLE_RATE), np.float32)       # silence after a clip that ends in the middle of a word
@@ -48,7 +48,7 @@ class Stream:
                 yield await self.final(what)
         now = time.perf_counter()
         if self.listener.speaking and len(self.listener.so_far) > .25 * SAMPLE_RATE and now >= self.next_partial:
-            result = await self._recognise(self.listener.so_far, quick=True)
+            result = await self.service.batcher.submit((np.concatenate([self.listener.so_far, _TAIL]), dict(keywords=self.keywords, quick=True)))
             took = time.perf_counter() - now
             self.next_partial = now + max(_EVERY, 3 * took)
             if result["text"]: yield dict(kind="partial", text=result["text"])
@@ -60,18 +60,12 @@ class Stream:
             yield dict(kind="ended", utterance=what)
             yield await self.final(what)
 
-    async def _recognise(self, samples, quick=False):
-        return await self.service.batcher.submit((np.concatenate([samples, _TAIL]), dict(keywords=self.keywords, quick=quick)))
-
     async def final(self, utterance: Utterance) -> dict:
         "Recognise and log an utterance."
         seen = self.seen | dict(id=secrets.token_hex(16), start=time.perf_counter(), status=200, logged="none", receipt=None)
-        result = await self._recognise(utterance.samples)
-        self.service.metrics.stage.labels("final").observe(time.perf_counter() - seen["start"])
-        self.service.metrics.audio.inc(result["duration"])
+        result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords))
         result["duration"], seen["model"] = len(utterance.samples) / SAMPLE_RATE, result["model"]
-        await _log(self.service, seen, result, utterance.samples, dict(format="wav"), wav_bytes(utterance.samples) if seen["consent"] & {"audio", "training"} else None)
-        if not seen["subject"] and seen["logged"] != "none" and seen["consent"] & {"audio", "training"}: seen["receipt"] = self.service.log.receipt(seen["id"])
+        await _record(self.service, seen, result, utterance.samples, dict(format="wav"), wav_bytes(utterance.samples) if seen["consent"] & {"audio", "training"} else None)
         return dict(kind="final", utterance=utterance, result=result, seen=seen)
 
 def pcm(
@@ -87,7 +81,7 @@ _IDLE = 60   # seconds without a message after which a stream is closed
 @contextmanager
 def _counted(service):
     "A place among the open streams."
-    service.streams = getattr(service, "streams", 0) + 1
+    service.streams += 1
     service.metrics.streams.set(service.streams)
     try: yield
     finally:
@@ -102,7 +96,7 @@ async def _enter(ws: WebSocket, service: Service):
     if refusal := _refusal(seen, "/v1/", service.keys):
         service.metrics.rejects.labels("refused").inc()
         await ws.close(1008, str(refusal)[:120])
-    elif getattr(service, "streams", 0) >= setting("STREAMS"):
+    elif service.streams >= setting("STREAMS"):
         service.metrics.rejects.labels("overloaded").inc()
         await ws.close(1013, f"{setting('STREAMS')} streams are open, the most that are allowed; try again later")
     else:

@@ -346,6 +346,7 @@ class Service:
         metrics: Metrics = None,  # counters
     ):
         self.models, self.log, self.search, self.metrics, self.keys = models, log, search, metrics or Metrics(), Keys()
+        self.streams = 0                                       # live ones that are open
         self.inside, self.most = 0, setting("QUEUE") + setting("BATCH")
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")
         self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self._batched)
