@@ -53,13 +53,13 @@ class Listener:
         if rate not in RATES: raise InputError(f"sample rate {rate!r}; allowed: {', '.join(map(str, RATES))}")
         self.rate, self.rules, self.most = rate, rules, int(most_s * SAMPLE_RATE)
         self.detector = SileroVAD(SAMPLE_RATE) if rules else None
-        self.offset = 0                   # samples of the stream before those that are kept
+        self.offset, self.waiting = 0, 0  # samples of the stream before those that are kept, and samples kept
         self.clear()
 
     def clear(self):
         "Forget what was not yet committed."
-        self.offset += len(getattr(self, "kept", ()))
-        self.kept, self.judged = np.zeros(0, np.float32), 0
+        self.offset += self.waiting
+        self._pieces, self.waiting, self.judged = [], 0, 0
         self.begin, self.voiced, self.above, self.chances = None, 0, 0, []
         self._fresh_resampler()
 
@@ -67,6 +67,16 @@ class Listener:
 
     @property
     def speaking(self): return self.begin is not None
+
+    @property
+    def kept(self) -> np.ndarray:
+        "The samples that wait; pieces are joined when somebody looks, not as they come."
+        if len(self._pieces) != 1: self._pieces = [np.concatenate([np.zeros(0, np.float32), *self._pieces])]
+        return self._pieces[0]
+
+    def _keep(self, new):
+        self._pieces.append(new)
+        self.waiting += len(new)
 
     @property
     def so_far(self):
@@ -78,12 +88,12 @@ class Listener:
     ) -> list:  # of ("started", seconds) and ("ended", Utterance), in order
         "Take in more of the stream."
         new = self.resampler.resample_chunk(samples) if self.resampler else samples
-        self.kept = np.concatenate([self.kept, new])
+        self._keep(new)
         if not self.rules:
-            if len(self.kept) > self.most: raise InputError(f"more than {self.most / SAMPLE_RATE:g} s of audio wait for a commit; commit or clear the buffer more often")
+            if self.waiting > self.most: raise InputError(f"more than {self.most / SAMPLE_RATE:g} s of audio wait for a commit; commit or clear the buffer more often")
             return []
         events = []
-        while self.judged + _WINDOW <= len(self.kept):
+        while self.judged + _WINDOW <= self.waiting:
             p = self.detector.process(np.ascontiguousarray(self.kept[self.judged:self.judged + _WINDOW]))
             self.judged += _WINDOW
             events += self._during(p) if self.speaking else self._before(p)
@@ -113,8 +123,9 @@ class Listener:
 
     def _drop(self, n):
         "Forget the first n samples."
-        n = min(max(n, 0), len(self.kept))
-        self.kept, self.offset, self.judged = self.kept[n:], self.offset + n, max(self.judged - n, 0)
+        n = min(max(n, 0), self.waiting)
+        self._pieces, self.waiting = [self.kept[n:]], self.waiting - n
+        self.offset, self.judged = self.offset + n, max(self.judged - n, 0)
 
     def _cut(self, at, why):
         "End the utterance at a sample of the stream."
@@ -127,9 +138,9 @@ class Listener:
     def commit(self) -> Utterance:  # None when there is nothing
         "End the utterance here, whatever the detector thinks; nothing that came is lost."
         if self.resampler:
-            self.kept = np.concatenate([self.kept, self.resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
+            self._keep(self.resampler.resample_chunk(np.zeros(0, np.float32), last=True))
             self._fresh_resampler()
-        if not len(self.kept): return None
-        done = self._cut(self.offset + len(self.kept), "commit")
+        if not self.waiting: return None
+        done = self._cut(self.offset + self.waiting, "commit")
         self.judged = 0
         return done

@@ -22,7 +22,7 @@ from .serve import ApiError, Service, _logprobs, _recognised, _record, _refusal,
 
 # %% ../nbs/36_live.ipynb #66a667e7
 _TAIL = np.zeros(int(.2 * SAMPLE_RATE), np.float32)       # silence after a clip that ends in the middle of a word
-_EVERY = .3                                               # seconds between two partials, at least
+_EVERY, _EARLY = .3, .12                                  # seconds between two partials, at least; and in the first second and a half of an utterance
 
 class Stream:
     "One person's live speech."
@@ -33,7 +33,7 @@ class Stream:
         keywords=None,         # `Keywords` to listen for
     ):
         self.service, self.seen, self.listener, self.keywords = service, seen, listener, keywords
-        self.next_partial, self.pause = 0, _EVERY
+        self.next_partial = 0
 
     async def feed(self,
         samples: np.ndarray,  # (n,) float32 at the listener's rate
@@ -47,10 +47,11 @@ class Stream:
                 yield dict(kind="ended", utterance=what)
                 yield await self.final(what)
         now = time.perf_counter()
-        if self.listener.speaking and len(self.listener.so_far) > .25 * SAMPLE_RATE and now >= self.next_partial:
-            result = await self.service.batcher.submit((np.concatenate([self.listener.so_far, _TAIL]), dict(keywords=self.keywords, quick=True)))
+        if self.listener.speaking and now >= self.next_partial:
+            heard = self.listener.so_far
+            result = await self.service.batcher.submit((np.concatenate([heard, _TAIL]), dict(keywords=self.keywords, quick=True)))
             took = time.perf_counter() - now
-            self.next_partial = now + max(_EVERY, 3 * took)
+            self.next_partial = now + max(_EARLY if len(heard) < 1.5 * SAMPLE_RATE else _EVERY, 3 * took)
             if result["text"]: yield dict(kind="partial", text=result["text"])
 
     async def commit(self):
@@ -222,7 +223,7 @@ class _Realtime:
         async for e in self.stream.feed(pcm(data)): await self.tell(e)
 
     async def commit(self, event):
-        if len(self.stream.listener.kept) < .1 * SAMPLE_RATE: raise ApiError(400, "the buffer holds less than 100 ms of audio; append some before a commit", None, "input_audio_buffer_commit_empty")
+        if self.stream.listener.waiting < .1 * SAMPLE_RATE: raise ApiError(400, "the buffer holds less than 100 ms of audio; append some before a commit", None, "input_audio_buffer_commit_empty")
         async for e in self.stream.commit(): await self.tell(e)
 
     async def clear(self, event):

@@ -10,7 +10,7 @@ __all__ = ['GENTLE', 'PERTURBATIONS', 'split_people', 'successor', 'mix', 'train
 import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import InputError, home, sha256_file, utc_now, write_json
+from .core import InputError, home, read_json, sha256_file, utc_now, write_json
 from .decode import load_fusion
 from .evaluate import counts, evaluate, paired_bootstrap, summary
 from .export import export_bundle
@@ -106,7 +106,7 @@ def train_challenger(
     tuned = load_model(out)
     model, share, tried = mix(load_model(init), tuned, judge)
     mixed = Path(out)/"mixed"
-    save_model(mixed, model, dict(parent=str(init), finetuned=str(out), share=share, tried=tried, dataset_version=version))
+    save_model(mixed, model, dict(parent=str(init), finetuned=str(out), language=read_json(Path(out)/"config.json").get("language"), share=share, tried=tried, dataset_version=version))
     if (Path(out)/"lm.npz").is_file(): shutil.copyfile(Path(out)/"lm.npz", mixed/"lm.npz")
     bundle = export_bundle(model, Path(out)/"bundle", dict(name=name, run=str(mixed), dataset_version=version), golden=golden, lm=mixed/"lm.npz")
     return bundle, metrics | dict(share=share, tried=tried, run=str(mixed))

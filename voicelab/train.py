@@ -207,12 +207,12 @@ def base_dir() -> Path:
     return package_path("base")
 
 def _start(init, cfg):
-    "The model to begin with, what it descends from, and its language model."
+    "The model to begin with, what it descends from, and whose language model its own one is adapted from: \"base\" or None."
     if init is None: return CTCModel(ModelConfig(dim=cfg.dim, layers=cfg.layers, dropout=cfg.dropout)), None, None
     folder = base_dir() if init == "base" else Path(init)
     model = load_model(folder)
     model.drop.p = cfg.dropout
-    return model, "base" if init == "base" else str(folder), load_lm(folder/"lm.npz") if (folder/"lm.npz").is_file() else None
+    return model, "base" if init == "base" else str(folder), "base" if init == "base" else read_json(folder/"config.json").get("language")
 
 def _prepare(out, cfg, init, rows):
     "The run's folder; refuses one that holds another run."
@@ -242,15 +242,15 @@ def train(
     if (out/"metrics.json").exists(): return read_json(out/"metrics.json")
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_num_threads(setting("THREADS"))
-    model, parent, lm = _start(init, cfg)
+    model, parent, language = _start(init, cfg)
     data = loader(Clips(tr, Augment(**cfg.augment), cfg.masks, cfg.noise_only, cfg.seed), cfg.batch_seconds, workers=cfg.workers, short_first=init is None)
     seconds, keeper = _fit(model, cfg, out, data, dev, log)
     model.load_state_dict(keeper.averaged())
-    lm = adapt_lm(lm, tr.text.drop_duplicates())
+    lm = adapt_lm(load_lm(base_dir()/"lm.npz") if language else None, tr.drop_duplicates("audio_filepath").text)
     metrics = _measure(model, Fusion(lm), tr, dev) | dict(seconds=seconds, audio_seconds_per_second=float(np.median([r["speed"] for r in keeper.curve])),
         parameters=sum(p.numel() for p in model.parameters()), hours=float(tr.duration.sum() / 3600), clips=len(tr), parent=parent)
     save_lm(lm, out/"lm.npz")
-    save_model(out, model, dict(train=asdict(cfg), parent=parent, metrics=metrics))
+    save_model(out, model, dict(train=asdict(cfg), parent=parent, language=language, metrics=metrics))
     write_json(out/"metrics.json", metrics)
     return metrics
 
