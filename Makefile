@@ -15,7 +15,7 @@ setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 .venv/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
-	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install -q --no-deps --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name voicelab >/dev/null
 	touch $@
@@ -51,7 +51,7 @@ bench-live: setup ## eight people speak at once: time to the first word and to t
 	$(BIN)/python tests/bench_live.py
 
 lock: ## pin everything again, from requirements.in
-	$(BIN)/uv pip compile -q requirements.in -o requirements.lock --python-version 3.11
+	$(BIN)/uv pip compile -q requirements.in --excludes requirements-without.in -o requirements.lock --python-version 3.11
 	$(BIN)/uv pip compile -q requirements-serve.in -o requirements-serve.lock --python-version 3.11
 
 clean: ## working state and reports of runs; the environment stays

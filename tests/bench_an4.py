@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from voicelab.core import git_commit, home, utc_now, write_json
-from voicelab.evaluate import evaluate, summary
+from voicelab.evaluate import TorchRecognizer, evaluate, summary
 from voicelab.importers import import_corpus
 from voicelab.model import load_model
-from voicelab.train import TorchRecognizer, TrainConfig, train
+from voicelab.train import TrainConfig, train
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "an4"
 RECIPE = dict(epochs=70, batch_seconds=40, lr=1e-3, warmup=0.1, average=10, masks=0.5, check_every=5, workers=1, precision="bf16-mixed")

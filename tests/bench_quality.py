@@ -6,12 +6,12 @@ import argparse, os, platform, sys
 from pathlib import Path
 
 from voicelab.core import git_commit, home, read_json, utc_now, write_json
-from voicelab.evaluate import evaluate, summary
+from voicelab.evaluate import TorchRecognizer, evaluate, summary
 from voicelab.importers import import_corpus
 from voicelab.manifest import assign_splits
-from voicelab.model import load_model
+from voicelab.model import base_dir, load_model
 from voicelab.synth import BASE, make_voicesearch
-from voicelab.train import TorchRecognizer, TrainConfig, base_dir, train
+from voicelab.train import TrainConfig, train
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "quality.json"
 TUNE = dict(epochs=8, batch_seconds=40, lr=3e-4, warmup=0.1, dropout=0.2, average=3, check_every=8, workers=1, precision="bf16-mixed")

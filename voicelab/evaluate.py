@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['align', 'counts', 'error_table', 'wer', 'cer', 'unit_codes', 'bootstrap', 'summary', 'readable', 'paired_bootstrap',
-           'evaluate']
+           'evaluate', 'TorchRecognizer']
 
-# %% ../nbs/25_evaluate.ipynb #9df0e4be
+# %% ../nbs/25_evaluate.ipynb #a9f2cf45
 import time
+from pathlib import Path
 import numpy as np, pandas as pd
 from rapidfuzz.distance import Levenshtein
 from .core import InputError, progress
 from .text import normalize
 from .audio import read_audio
+from .decode import Fusion, decode, load_fusion
+from .features import fbank
 
 # %% ../nbs/25_evaluate.ipynb #ed3c928d
 def _pair(r, h):  # a stretch without matches, as steps; an equal number of errors in any case, alike words together
@@ -213,3 +216,30 @@ def evaluate(
     out = df.assign(hyp=pd.Series([r["text"] for r in results], index=df.index, dtype=object))
     keep = [k for k in (*_KEEP, "seconds") if results and k in results[0]]
     return error_table(out.assign(**{k: [float(r[k]) for r in results] for k in keep}))
+
+# %% ../nbs/25_evaluate.ipynb #a28749c4
+class TorchRecognizer:
+    "Transcribe with a run's model and language model, on PyTorch."
+    def __init__(self,
+        run,  # folder of a run, or a `CTCModel`
+        fusion: Fusion = None,  # a language model; None: that of the folder, if it has one
+    ):
+        from voicelab.model import CTCModel, load_model
+        folder = not isinstance(run, CTCModel)
+        self.model, self.fusion = (load_model(run), fusion or load_fusion(run)) if folder else (run, fusion)
+        self.model.eval()
+        self.label = Path(run).name if folder else "torch"
+
+    def transcribe(self,
+        clips,  # list of samples, 16 kHz float32
+    ) -> list:  # of dict(text, confidence, words, duration, …)
+        "Transcripts of a batch of clips."
+        import torch
+        from voicelab.loader import collate
+        items = [(fbank(c), [], i, (0, 0)) for i, c in enumerate(clips)]
+        out = [decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)] * len(items)      # of a clip that is too short for a frame
+        if todo := [item for item in items if len(item[0])]:
+            b = collate(todo)
+            with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
+            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = decode(row[:n], len(clips[i]) / 16000, fusion=self.fusion)
+        return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'ModelConfig', 'out_lengths', 'valid', 'cmn', 'flip_index', 'BiLSTM', 'ClipDropout', 'CTCModel',
-           'save_model', 'load_model']
+           'save_model', 'load_model', 'base_dir']
 
 # %% ../nbs/21_model.ipynb #27598acb
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import InputError, read_json, write_json
+from .core import InputError, package_path, read_json, write_json
 from .text import TOKENS
 
 # %% ../nbs/21_model.ipynb #03f6e517
@@ -158,3 +158,7 @@ def load_model(
     except FileNotFoundError: raise InputError(f"no file {folder}/model.pt: the folder holds no trained model") from None
     except Exception as e: raise InputError(f"{folder}/model.pt does not fit its config.json or is damaged: {str(e).splitlines()[0]}") from None
     return model.eval()
+
+def base_dir() -> Path:
+    "The folder of the base model that ships with voicelab."
+    return package_path("base")

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import InputError, home, read_json, sha256_file, utc_now, write_json
 from .decode import load_fusion
-from .evaluate import counts, evaluate, paired_bootstrap, summary
+from .evaluate import TorchRecognizer, counts, evaluate, paired_bootstrap, summary
 from .export import export_bundle
 from .manifest import load_version, write_version
 from .model import load_model, save_model
 from .registry import Registry
-from .train import TorchRecognizer, TrainConfig, train
+from .train import TrainConfig, train
 from .verify import quarantine, verify
 
 # %% ../nbs/42_retrain.ipynb #b22c631b
@@ -76,7 +76,7 @@ def mix(
     champion,                       # CTCModel before
     tuned,                          # CTCModel after fine-tuning
     judge,                          # function model -> error rate on clips that neither was trained on
-    shares=(1.0, 0.75, 0.5, 0.25),  # of the tuned weights, in the order tried
+    shares=(0.75, 0.5, 0.25),       # of the tuned weights, in the order tried
     tolerance=0.002,                # how much worse than the champion the error rate may be
 ):                                  # -> (model, share, {share: error rate})
     "The mixture with the most of the tuned weights that is no worse than the champion; the last share, when none is."
