@@ -237,7 +237,7 @@ class TorchRecognizer:
         import torch
         from voicelab.loader import collate
         items = [(fbank(c), [], i, (0, 0)) for i, c in enumerate(clips)]
-        out = [decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)] * len(items)      # of a clip that is too short for a frame
+        out = [decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)] * len(items)      # of an empty clip
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)
             with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
