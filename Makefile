@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 # numpy's small products need no threads of their own beside torch's and the loader's
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live base clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords base clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -39,7 +39,7 @@ test: setup ## everything that CI runs: repository rules, notebooks, rooms, and 
 base: setup ## make the base model again (hours): voicelab/base
 	$(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality bench-live ## all benchmarks
+bench: bench-cycle bench-quality bench-live bench-keywords ## all benchmarks
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
@@ -49,6 +49,9 @@ bench-quality: setup ## WER on unheard people, AN4's test set among them, into r
 
 bench-live: setup ## eight people speak at once: time to the first word and to the final text, into reports/benchmarks/live.json
 	$(BIN)/python tests/bench_live.py
+
+bench-keywords: setup ## names that no training heard, given as keywords among 100 and 1,000, into reports/benchmarks/keywords.json
+	$(BIN)/python tests/bench_keywords.py
 
 lock: ## pin everything again, from requirements.in
 	$(BIN)/uv pip compile -q requirements.in --excludes requirements-without.in -o requirements.lock --python-version 3.11

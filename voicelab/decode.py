@@ -96,15 +96,22 @@ class Keywords:
     "A prefix tree over the units of the words to listen for."
     def __init__(self,
         words,  # texts, of one word or more each; normalised here
-        bonus: float = 1.0,  # natural-log units a unit of a matched keyword is worth
+        bonus: float = 3.5,  # natural-log units a unit of a matched keyword is worth
+        entry: float = 5.0,  # what is taken off the bonus of each keyword
     ):
         if isinstance(words, str): raise InputError(f"keywords is the text {words!r}; it must be a list of words")
-        self.bonus, self.root = bonus, {}
+        self.bonus, self.entry, self.root = bonus, entry, {}
         for w in words:
             if not isinstance(w, str) or not normalize(w): raise InputError(f"keyword {w!r} has no letters; a keyword is a text of letters a-z, apostrophes and digits")
-            node = self.root
-            for i in encode(normalize(w)): node = node.setdefault(i, {})
-            node["end"] = True
+            self._add(normalize(w))
+            if not normalize(w).endswith("'s"): self._add(normalize(w) + "'s")
+
+    def _add(self, text):
+        node = self.root
+        for i in encode(text): node = node.setdefault(i, {})
+        node["end"] = True
+
+    def _worth(self, depth): return max(depth*self.bonus - self.entry, 0.0)
 
     def start(self):
         "State of an empty text: (tree node, units matched, bonus that is safe)."
@@ -118,7 +125,7 @@ class Keywords:
         node, depth, safe = state
         if TOKENS[unit].startswith(WORD_START):
             if node.get(unit): return node[unit], depth + 1, safe     # a keyword of several words goes on
-            if "end" in node: safe += depth*self.bonus
+            if "end" in node: safe += self._worth(depth)
             return (self.root[unit], 1, safe) if unit in self.root else ({}, 0, safe)
         return (node[unit], depth + 1, safe) if depth and unit in node else ({}, 0, safe)
 
@@ -128,7 +135,14 @@ class Keywords:
     ) -> float:
         "Bonus of a state; at the end of the clip an unfinished keyword is worth nothing."
         node, depth, safe = state
-        return safe + (depth*self.bonus if not final or "end" in node else 0.0)
+        return safe + (self._worth(depth) if not final or "end" in node else 0.0)
+
+    def expected(self,
+        state: tuple,  # as `step` gives it
+    ) -> list:  # of units
+        "What would continue a keyword that has begun."
+        node, depth, _ = state
+        return [u for u in node if u != "end"] if depth else []
 
 # %% ../nbs/24_decode.ipynb #bedc2ff9
 @dataclass
@@ -180,18 +194,21 @@ def prefix_beam(
     keywords: Keywords = None,  # words to listen for
     fusion: Fusion = None,  # a language model
     floor: float = 0.001,  # units less probable than this on a frame are not tried; the best one always is
+    faint: float = 0.0001,  # the same for units that continue a keyword
 ) -> list:  # of (unit ids, score), best first
     "CTC prefix beam search: texts with the natural log of their probability, language model and keyword bonus included."
     tried = log_probs >= np.minimum(np.log(max(floor, 1e-30)), log_probs.max(1, keepdims=True)) if len(log_probs) else log_probs
+    faint = np.log(faint)
     beams = {_Text(BLANK, None, fusion.lm.start() if fusion else None, 0.0, keywords.start() if keywords else None, 0.0): (0.0, _NONE)}
     for frame, units in zip(log_probs.astype(float).tolist(), tried):
         units, grown = [u for u in np.flatnonzero(units).tolist() if u != BLANK], {}
+        heard = set(units)
         for text, (pb, pu) in beams.items():
             both = _add(pb, pu)
             same = grown.setdefault(text, [_NONE, _NONE])
             same[0] = _add(same[0], both + frame[BLANK])
             if text.parent: same[1] = _add(same[1], pu + frame[text.unit])
-            for u in units:
+            for u in units if not keywords else units + [u for u in keywords.expected(text.state) if frame[u] >= faint and u not in heard]:
                 longer = grown.setdefault(_grow(text, u, keywords, fusion), [_NONE, _NONE])
                 longer[1] = _add(longer[1], (pb if text.parent and u == text.unit else both) + frame[u])
         beams = grown if len(grown) <= beam else dict(nlargest(beam, grown.items(), key=lambda g: _add(*g[1]) + g[0].lm + g[0].keywords))
