@@ -76,7 +76,7 @@ def mix(
     champion,                       # CTCModel before
     tuned,                          # CTCModel after fine-tuning
     judge,                          # function model -> error rate on clips that neither was trained on
-    shares=(0.75, 0.5, 0.25),       # of the tuned weights, in the order tried
+    shares=(0.5, 0.25),             # of the tuned weights, in the order tried
     tolerance=0.002,                # how much worse than the champion the error rate may be
 ):                                  # -> (model, share, {share: error rate})
     "The mixture with the most of the tuned weights that is no worse than the champion; the last share, when none is."
@@ -88,7 +88,7 @@ def mix(
     return tuned, share, tried
 
 # %% ../nbs/42_retrain.ipynb #0c16a43c
-GENTLE = dict(epochs=4, lr=2e-4, masks=0.5, warmup=0.2, average=2, check_every=4, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
+GENTLE = dict(epochs=3, lr=3e-4, masks=0.5, warmup=0.2, average=2, check_every=3, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
 
 def train_challenger(
     version,        # dataset version id
