@@ -88,7 +88,7 @@ def other_readings(
         yield "16 bits in the other byte order", np.frombuffer(even, ">i2")
         yield "16 bits, a byte later", np.frombuffer(data[1:1 + (len(data) - 1) // 2 * 2], "<i2")
         f = np.frombuffer(data[:len(data) // 4 * 4], "<f4")
-        if np.isfinite(f).all() and 1e-5 < np.abs(f).mean() and np.abs(f).max() <= 4: yield "32-bit floats", f
+        if np.isfinite(f).all() and np.abs(f).max() <= 4 and np.abs(f).mean() > 1e-5: yield "32-bit floats", f
     else: yield "16 bits", np.frombuffer(even, "<i2")
     yield "A-law", _law("ALAW")[b]
     yield "mu-law", _law("ULAW")[b]
@@ -177,14 +177,14 @@ def waveform_match(
 def near_duplicates(
     df: pd.DataFrame,     # a manifest
     table: pd.DataFrame,  # from `inspect`
-) -> pd.DataFrame:        # first, second (rows; second is the later), match 0.6..1
+) -> pd.DataFrame:        # first, second (rows; second is the later), match 0.85..1
     "Rows that hold an earlier row's recording in another shape; exact copies are not among them."
     marks = [m if isinstance(m, np.ndarray) else np.zeros((0, 2), np.int64) for m in table.marks]
     rows, out = list(df.audio_filepath), []
     for c in _candidates(marks).itertuples():
         if table.sound.iloc[c.first] == table.sound.iloc[c.second]: continue
         match = waveform_match(read_audio(rows[c.first]), read_audio(rows[c.second]))
-        if match > .6: out.append((c.first, c.second, match))
+        if match > .85: out.append((c.first, c.second, match))
     return pd.DataFrame(out, columns=["first", "second", "match"]).astype(dict(first=int, second=int, match=float))
 
 def _near_problems(df: pd.DataFrame, table: pd.DataFrame):
