@@ -1,5 +1,5 @@
 """The real server, over real HTTP: formats, bad input, overload, consent on the disk, kill -9, swap, OpenAI's client."""
-import glob, io, json, os, re, shutil, signal, sqlite3, ssl, subprocess, sys, tempfile, threading, time
+import io, json, os, re, shutil, signal, sqlite3, ssl, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +16,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from voicelab.audio import wav_bytes
-from voicelab.core import free_port, write_jsonl
+from voicelab.core import write_jsonl
 from voicelab.export import toy_tones
 from voicelab.keys import Keys
 from voicelab.registry import Registry
@@ -399,25 +399,6 @@ def test_serving_environment_is_enough(toy_home, tmp_path):
     assert answer.json()["text"] == SAID
 
 
-# ---- the log on PostgreSQL
-
-@pytest.fixture
-def postgres(tmp_path_factory):
-    "The address of a PostgreSQL of our own, on loopback."
-    places = os.pathsep.join([os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"))])   # Debian keeps the server's tools off the path
-    tools = {n: shutil.which(n, path=places) for n in ("initdb", "pg_ctl")}
-    if not all(tools.values()): pytest.skip("no PostgreSQL server on this machine: initdb and pg_ctl are needed to test the log on it")
-    folder, port = Path(tempfile.mkdtemp(prefix="voicelab-pg-")), free_port()
-    who = dict(user="nobody") if os.geteuid() == 0 else {}                   # PostgreSQL refuses to run as root
-    if who: shutil.chown(folder, "nobody")
-    run = lambda *args: subprocess.run(args, check=True, capture_output=True, timeout=120, cwd=folder, **who)
-    run(tools["initdb"], "-D", f"{folder}/data", "-U", "voicelab", "--auth=trust")
-    run(tools["pg_ctl"], "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}", "start")
-    yield f"postgresql://voicelab@127.0.0.1:{port}/postgres"
-    run(tools["pg_ctl"], "-D", f"{folder}/data", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl on this machine to make a certificate with")
 def test_https_and_keys(toy_home, tmp_path):
     "A certificate and a key for each app: speech by HTTPS and by a secure WebSocket, and nothing without a key."
@@ -440,6 +421,8 @@ def test_https_and_keys(toy_home, tmp_path):
         keys.remove("app")
         assert ask(authorization=f"Bearer {app}").status_code == 401                     # without a restart
 
+
+# ---- the log on PostgreSQL
 
 def test_postgresql(postgres, tmp_path, monkeypatch):
     "The same log on PostgreSQL: append, concurrent writers, feedback, reading, the append-only audit, erasure, purge."
