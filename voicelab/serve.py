@@ -340,6 +340,7 @@ class Metrics:
         self.inside = prom.Gauge("voicelab_requests_inside", "Requests being worked on or waiting", registry=r)
         self.logged = prom.Counter("voicelab_logged", "Requests by what was kept of them", ["level"], registry=r)
         self.log_failures = prom.Counter("voicelab_log_failures", "Requests that had consent and could not be logged", registry=r)
+        self.lines_lost = prom.Counter("voicelab_lines_lost", "Lines for the operator that found their way out full", registry=r)
         self.streams = prom.Gauge("voicelab_streams", "Live streams that are open", registry=r)
         self.swaps = prom.Counter("voicelab_model_swaps", "Model swaps by outcome", ["outcome"], registry=r)
         self.model = prom.Info("voicelab_model", "The model in use", registry=r)
