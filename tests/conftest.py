@@ -1,10 +1,10 @@
 """What several tests need: a working state of their own, a model in its registry, a running server."""
-import os
+import glob, os, shutil, subprocess, tempfile
 from pathlib import Path
 
 import pytest
 
-from voicelab.core import package_path
+from voicelab.core import free_port, package_path
 from voicelab.export import export_bundle, toy_bundle
 from voicelab.registry import Registry
 
@@ -43,6 +43,23 @@ def corpora() -> Path:
     folder = os.environ.get("VOICELAB_CORPORA", "")
     if not (Path(folder) / "an4" / "train.jsonl").is_file(): pytest.skip("AN4 is not found under VOICELAB_CORPORA")
     return Path(folder)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    "The address of a PostgreSQL of our own, on loopback."
+    places = os.pathsep.join([os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"))])   # Debian keeps the server's tools off the path
+    tools = {n: shutil.which(n, path=places) for n in ("initdb", "pg_ctl")}
+    if not all(tools.values()): pytest.skip("no PostgreSQL server on this machine: initdb and pg_ctl are needed to test the log on it")
+    folder, port = Path(tempfile.mkdtemp(prefix="voicelab-pg-")), free_port()
+    who = dict(user="nobody") if os.geteuid() == 0 else {}                   # PostgreSQL refuses to run as root
+    if who: shutil.chown(folder, "nobody")
+    run = lambda *args: subprocess.run(args, check=True, capture_output=True, timeout=120, cwd=folder, **who)
+    run(tools["initdb"], "-D", f"{folder}/data", "-U", "voicelab", "--auth=trust")
+    run(tools["pg_ctl"], "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}", "start")
+    yield f"postgresql://voicelab@127.0.0.1:{port}/postgres"
+    run(tools["pg_ctl"], "-D", f"{folder}/data", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
 
 
 ORDER = ["test_repo", "test_cli", "test_train", "test_notebooks"]  # fast ones first; the whole cycle last

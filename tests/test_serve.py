@@ -1,5 +1,5 @@
 """The real server, over real HTTP: formats, bad input, overload, consent on the disk, kill -9, swap, OpenAI's client."""
-import glob, io, json, os, re, shutil, signal, sqlite3, ssl, subprocess, sys, tempfile, threading, time
+import io, json, os, re, shutil, signal, sqlite3, ssl, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -385,37 +385,52 @@ def is_of(proc: Path, home) -> bool:
 
 # ---- what a serving machine installs
 
-def test_serving_environment_is_enough(toy_home, tmp_path):
-    "An environment made from requirements-serve.lock alone starts the server, which answers; torch is not in it."
-    uv, root = Path(sys.executable).parent / "uv", Path(__file__).parent.parent
-    run = lambda *args: subprocess.run(args, check=True, capture_output=True, text=True, timeout=600)
+def steps(root) -> list:
+    "The Containerfile's instructions in order: (name, text)."
+    return [tuple(line.split(" ", 1)) for line in (root / "Containerfile").read_text().splitlines() if line and line[0] != "#"]
+
+
+def test_containerfile_step_by_step(toy_home, tmp_path):
+    """What the Containerfile says, done in a virtual environment: what it installs and copies is enough (and holds no torch); the server refuses an open
+    address without a key, and with one it starts, is found healthy, answers, and stops when told."""
+    uv, root, did = Path(sys.executable).parent / "uv", Path(__file__).parent.parent, steps(Path(__file__).parent.parent)
+    run = lambda *args, **kw: subprocess.run(args, check=True, capture_output=True, text=True, timeout=600, **kw)
+    here = lambda text: re.sub(r"(?<=[= ])/(app|state)\b", lambda m: f"{tmp_path}/{m[1]}", text)      # the container's folders, below ours
     run(uv, "venv", "-q", "--python", sys.executable, tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
-    run(uv, "pip", "install", "-q", "--python", python, "-r", root / "requirements-serve.lock")
-    there = run(uv, "pip", "list", "--python", python).stdout
+    (tmp_path / "app").mkdir()
+    env = dict(PATH=f"{tmp_path}/venv/bin:{os.environ['PATH']}", HOME=str(tmp_path), RAY_USAGE_STATS_ENABLED="0")
+    for name, text in did:
+        if name == "ENV": env |= dict(pair.split("=", 1) for pair in here(text).split())
+        elif name == "COPY":
+            source, target = text.split()
+            (shutil.copytree if (root / source).is_dir() else shutil.copy)(root / source, tmp_path / "app" / target)
+        elif name == "RUN" and text.startswith("python -m pip install "):             # by uv, from its cache
+            run(uv, "pip", "install", "-q", "--python", tmp_path / "venv", *text.split()[4:], cwd=tmp_path / "app")
+        else: assert name in ("FROM", "WORKDIR", "USER", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD") or text.startswith("useradd "), (name, text)
+    names = [n for n, _ in did]
+    assert dict(did)["USER"] not in ("0", "root") and names.index("USER") < names.index("ENTRYPOINT") and names.count("USER") == 1
+    there = run(uv, "pip", "list", "--python", tmp_path / "venv").stdout
     assert not re.search(r"^(torch|pytorch-lightning|wandb|jupyterlab|kaldi-native-fbank)\b", there, re.M)
-    with server(env=dict(VOICELAB_HOME=str(toy_home), PYTHONPATH=str(root)), python=str(python)) as url:
-        answer = httpx.post(f"{url}/v1/audio/transcriptions", files=dict(file=("a.wav", CLIP)), data=dict(model="voicesearch"), timeout=60)
-    assert answer.json()["text"] == SAID
 
-
-# ---- the log on PostgreSQL
-
-@pytest.fixture
-def postgres(tmp_path_factory):
-    "The address of a PostgreSQL of our own, on loopback."
-    places = os.pathsep.join([os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"))])   # Debian keeps the server's tools off the path
-    tools = {n: shutil.which(n, path=places) for n in ("initdb", "pg_ctl")}
-    if not all(tools.values()): pytest.skip("no PostgreSQL server on this machine: initdb and pg_ctl are needed to test the log on it")
-    folder, port = Path(tempfile.mkdtemp(prefix="voicelab-pg-")), free_port()
-    who = dict(user="nobody") if os.geteuid() == 0 else {}                   # PostgreSQL refuses to run as root
-    if who: shutil.chown(folder, "nobody")
-    run = lambda *args: subprocess.run(args, check=True, capture_output=True, timeout=120, cwd=folder, **who)
-    run(tools["initdb"], "-D", f"{folder}/data", "-U", "voicelab", "--auth=trust")
-    run(tools["pg_ctl"], "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}", "start")
-    yield f"postgresql://voicelab@127.0.0.1:{port}/postgres"
-    run(tools["pg_ctl"], "-D", f"{folder}/data", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
+    shutil.copytree(toy_home, tmp_path / "state", ignore=shutil.ignore_patterns("keys", "log"))
+    entry, serve, port = json.loads(dict(did)["ENTRYPOINT"]), json.loads(dict(did)["CMD"]), free_port()
+    env["VOICELAB_PORT"], cwd = str(port), tmp_path / "app"
+    healthy = lambda: subprocess.run(dict(did)["HEALTHCHECK"].split(" CMD ")[1], shell=True, env=env, cwd=cwd, capture_output=True, timeout=60).returncode == 0
+    alone = subprocess.run([*entry, *serve], env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 2 and "make an API key first" in alone.stderr and not healthy()
+    key = run(*entry, "keys", "add", "app", env=env, cwd=cwd).stdout.strip()
+    proc = subprocess.Popen([*entry, *serve], env=env | dict(VOICELAB_BEHIND_PROXY="1"), cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        end = time.time() + 300
+        while time.time() < end and proc.poll() is None and not healthy(): time.sleep(.5)
+        assert proc.poll() is None and healthy()
+        ask = lambda **headers: httpx.post(f"http://127.0.0.1:{port}/v1/audio/transcriptions", files=dict(file=("a.wav", CLIP)), data=dict(model="voicesearch"), headers=headers, timeout=60)
+        assert ask().status_code == 401 and ask(authorization=f"Bearer {key}").json()["text"] == SAID
+        proc.send_signal(getattr(signal, dict(did)["STOPSIGNAL"]))
+        assert proc.wait(60) == 0 and [json.loads(l)["status"] for l in proc.stderr if '"request"' in l] == [401, 200]
+    finally:
+        try: os.killpg(proc.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl on this machine to make a certificate with")
@@ -440,6 +455,8 @@ def test_https_and_keys(toy_home, tmp_path):
         keys.remove("app")
         assert ask(authorization=f"Bearer {app}").status_code == 401                     # without a restart
 
+
+# ---- the log on PostgreSQL
 
 def test_postgresql(postgres, tmp_path, monkeypatch):
     "The same log on PostgreSQL: append, concurrent writers, feedback, reading, the append-only audit, erasure, purge."

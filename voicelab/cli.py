@@ -6,8 +6,9 @@
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_list', 'cmd_data_diff',
            'cmd_train', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add', 'cmd_keys_list',
            'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show', 'cmd_models_promote', 'cmd_models_rollback',
-           'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_purge', 'cmd_monitor', 'cmd_labels_next',
-           'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
+           'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup',
+           'cmd_restore', 'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain',
+           'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
@@ -219,10 +220,28 @@ def cmd_log_erase(a):
     from voicelab.requestlog import RequestLog
     _print(forget(a.subject, RequestLog()), a.json)
 
+def cmd_log_erasures(a):
+    "the erasures so far, as JSONL: request ids, pseudonyms, times; `voicelab restore --erasures` does them again"
+    from voicelab.core import write_jsonl
+    from voicelab.requestlog import RequestLog
+    print(write_jsonl(a.path, RequestLog().erasures()))
+
 def cmd_log_purge(a):
     "remove what is past its retention"
     from voicelab.requestlog import RequestLog
     _print(RequestLog().purge(), a.json)
+
+def cmd_backup(a):
+    "registry, request log with audio, labels, datasets, keys: one file, while a server runs"
+    from voicelab.backup import backup
+    report = backup(a.path, data=not a.without_data)
+    _print(report, a.json)
+    return 1 if report["damaged"] or report["audio_missing"] else 0
+
+def cmd_restore(a):
+    "bring a backup back into an empty VOICELAB_HOME, or with --force in place of what is there"
+    from voicelab.backup import restore
+    _print(restore(a.path, a.force, a.erasures), a.json)
 
 def _champion(name):
     "Folder, version record and dataset of the champion."
@@ -338,6 +357,9 @@ def make_parser() -> argparse.ArgumentParser:
     command("log export", cmd_log_export, o("path"), json=False)
     command("log erase", cmd_log_erase, o("subject"))
     command("log purge", cmd_log_purge)
+    command("log erasures", cmd_log_erasures, o("path"), json=False)
+    command("backup", cmd_backup, o("path", help="file to write, .tar.gz"), o("--without-data", action="store_true", help="leave dataset versions and their audio out"))
+    command("restore", cmd_restore, o("path", help="file of `voicelab backup`"), o("--force", action="store_true", help="replace what VOICELAB_HOME holds; erasures in its log are done again"), o("--erasures", help="erasures since the backup, of `voicelab log erasures`"))
     command("monitor", cmd_monitor, o("--since"), o("--until"), o("--name", help="of the window"), json=False)
     command("labels next", cmd_labels_next, o("-n", type=int, default=20), o("--annotator", default="annotator-1"), o("--build", type=int, help="add so many tasks from the log first"), o("--out"), o("--format", default="jsonl", choices=["jsonl", "labelstudio"]), json=False)
     command("labels export", cmd_labels_export, o("path"), o("--format", default="jsonl", choices=["jsonl", "labelstudio"]), json=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stream', 'pcm', 'add_live']
 
-# %% ../nbs/36_live.ipynb #edcf7be1
+# %% ../nbs/36_live.ipynb #d3bf6ace
 import asyncio, base64, binascii, json, secrets, time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +18,9 @@ from .core import InputError, setting
 from .decode import Keywords
 from .listen import RATES, EndPointing, Listener, Utterance
 from .requestlog import consent_scopes
-from .serve import ApiError, Service, _logprobs, _recognised, _record, _refusal, _seen, _usage
+from .serve import ApiError, Service, _logprobs, _now, _recognised, _record, _refusal, _seen, _tell, _usage
 
-# %% ../nbs/36_live.ipynb #66a667e7
+# %% ../nbs/36_live.ipynb #4fb5c063
 _TAIL = np.zeros(int(.2 * SAMPLE_RATE), np.float32)       # silence after a clip that ends in the middle of a word
 _EVERY, _EARLY = .3, .12                                  # seconds between two partials, at least; and in the first second and a half of an utterance
 
@@ -63,7 +63,14 @@ class Stream:
 
     async def final(self, utterance: Utterance) -> dict:
         "Recognise and log an utterance."
-        seen = self.seen | dict(id=secrets.token_hex(16), start=time.perf_counter(), status=200, logged="none", receipt=None)
+        seen = self.seen | dict(id=secrets.token_hex(16), start=time.perf_counter(), status=200, logged="none", receipt=None, stages=[], bytes=None, audio_s=len(utterance.samples) / SAMPLE_RATE)
+        before = _now.set(seen)
+        try: return await self._final(utterance, seen)
+        finally:
+            _now.reset(before)
+            _tell(self.service, seen, "WEBSOCKET", seen["route"])
+
+    async def _final(self, utterance, seen) -> dict:
         result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords))
         result["duration"], seen["model"] = len(utterance.samples) / SAMPLE_RATE, result["model"]
         await _record(self.service, seen, result, utterance.samples, dict(format="wav"), wav_bytes(utterance.samples) if seen["consent"] & {"audio", "training"} else None)
@@ -76,8 +83,9 @@ def pcm(
     if len(data) % 2: raise InputError(f"{len(data)} bytes of audio; 16-bit samples have an even number")
     return np.frombuffer(data, "<i2").astype(np.float32) / 32768
 
-# %% ../nbs/36_live.ipynb #f8b517a2
+# %% ../nbs/36_live.ipynb #a8181036
 _IDLE = 60   # seconds without a message after which a stream is closed
+_STOPPING = 1012, "the server restarts; connect again"
 
 @contextmanager
 def _counted(service):
@@ -95,24 +103,34 @@ async def _enter(ws: WebSocket, service: Service):
     seen = _seen(ws.scope, service.models.label)
     if key := next((p for p in offered if p.startswith("openai-insecure-api-key.")), None): seen["headers"].setdefault("authorization", "Bearer " + key.split(".", 1)[1])
     if refusal := _refusal(seen, "/v1/", service.keys):
-        service.metrics.rejects.labels("refused").inc()
+        service.metrics.rejects.labels(refusal.code).inc()
         await ws.close(1008, str(refusal)[:120])
+    elif service.draining:
+        service.metrics.rejects.labels("stopping").inc()
+        await ws.close(1013, "the server is stopping; try again in a moment")
     elif service.streams >= setting("STREAMS"):
         service.metrics.rejects.labels("overloaded").inc()
         await ws.close(1013, f"{setting('STREAMS')} streams are open, the most that are allowed; try again later")
     else:
         await ws.accept(next((p for p in offered if p == "realtime"), None))
-        return seen
+        return seen | dict(route=ws.url.path)
 
-async def _messages(ws: WebSocket):
-    "Yield texts and bytes until the other side leaves or falls silent."
-    while True:
-        try: message = await asyncio.wait_for(ws.receive(), _IDLE)
-        except TimeoutError:
-            await ws.close(1001, f"nothing came for {_IDLE} s")
-            return
-        if message["type"] == "websocket.disconnect": return
-        yield message["text"] if message.get("text") is not None else message.get("bytes") or b""
+async def _messages(ws: WebSocket, service: Service):
+    "Yield texts and bytes until the other side leaves or falls silent, or the server stops."
+    since, coming = time.monotonic(), None
+    try:
+        while not service.draining:
+            coming = coming or asyncio.create_task(ws.receive())
+            done, _ = await asyncio.wait({coming}, timeout=.5)
+            if done:
+                message, since, coming = coming.result(), time.monotonic(), None
+                if message["type"] == "websocket.disconnect": return
+                yield message["text"] if message.get("text") is not None else message.get("bytes") or b""
+            elif time.monotonic() - since > _IDLE:
+                await ws.close(1001, f"nothing came for {_IDLE} s")
+                return
+    finally:
+        if coming: coming.cancel()
 
 def _object(text, what: str) -> dict:
     "A JSON object."
@@ -142,7 +160,7 @@ def _person(seen: dict, given) -> dict:
     short = {n: (v or "").strip()[:256 if n == "subject" else 64] or None for n, v in given.items() if n != "consent"}
     return seen | short | (dict(consent=consent_scopes(given["consent"])) if "consent" in given else {})
 
-# %% ../nbs/36_live.ipynb #04a46289
+# %% ../nbs/36_live.ipynb #671c2cfb
 def _common(a: list, b: list) -> list:
     "The words that two lists begin with."
     n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -168,7 +186,7 @@ class _Realtime:
 
     async def run(self):
         await self.send("session.created", session=self.session())
-        async for text in _messages(self.ws):
+        async for text in _messages(self.ws, self.service):
             event = {}
             try:
                 event = _object(text, "the event")
@@ -177,6 +195,9 @@ class _Realtime:
                 name = event.get("event_id")
                 await self.send("error", error=dict(type="invalid_request_error", message=str(e), code=getattr(e, "code", None), param=getattr(e, "param", None),
                                                     event_id=name if isinstance(name, str) else None))
+        if self.service.draining:
+            async for e in self.stream.commit(): await self.tell(e)
+            await self.ws.close(*_STOPPING)
 
     async def handle(self, event):
         kinds = {"session.update": self.update, "input_audio_buffer.append": self.append, "input_audio_buffer.commit": self.commit, "input_audio_buffer.clear": self.clear}
@@ -265,7 +286,7 @@ def _shifted(words: list, start: float) -> list:
     "Words with times in the stream."
     return [w | dict(start=round(w["start"] + start, 3), end=round(w["end"] + start, 3)) for w in words]
 
-# %% ../nbs/36_live.ipynb #bf27878b
+# %% ../nbs/36_live.ipynb #a4d14f69
 class _Vosk:
     "One connection to `/vosk`."
     def __init__(self, ws, service, seen):
@@ -273,13 +294,16 @@ class _Vosk:
         self.rate, self.show_words, self.alternatives, self.keywords, self.partial, self.stream = 8000, True, 0, None, "", None
 
     async def run(self):
-        async for message in _messages(self.ws):
+        async for message in _messages(self.ws, self.service):
             try:
                 if isinstance(message, bytes): await self.audio(message)
                 elif not await self.control(_object(message, "the message")): return await self.ws.close()
             except (ApiError, InputError) as e:
                 await self.ws.send_text(json.dumps(dict(error=dict(message=str(e), type="invalid_request_error", param=getattr(e, "param", None), code=getattr(e, "code", None)))))
                 return await self.ws.close(1008)
+        if self.service.draining:
+            await self.control(dict(eof=1))
+            await self.ws.close(*_STOPPING)
 
     async def control(self, given) -> bool:
         "A text message; says whether the connection goes on."

@@ -271,6 +271,33 @@ def erased(self: RequestLog,
     with self.engine.connect() as c:
         return {r for i in range(0, len(ids), 500) for r, in c.execute(sa.select(self.tombstones.c.request_id).where(self.tombstones.c.request_id.in_(ids[i:i+500])))}
 
+# %% ../nbs/34_requestlog.ipynb #35d06dde
+@patch
+def erasures(self: RequestLog) -> list:  # of dict(request_id, subject, time), oldest first; subject is a pseudonym
+    "What was erased, without any of it."
+    with self.engine.connect() as c: return [dict(r) for r in c.execute(sa.select(self.tombstones).order_by(self.tombstones.c.time)).mappings()]
+
+@patch
+def reapply(self: RequestLog,
+    erasures,  # of `erasures`, of this log or of a later state of it
+) -> dict:  # rows, audio files, request ids and subjects (pseudonyms) that other rooms must forget
+    "Erase again what was erased once; what this log knows as erased already is passed over."
+    known, gone, files, t = self.erased(e["request_id"] for e in erasures), {}, [], self.requests.c
+    fresh = list({e["request_id"]: e for e in erasures if e["request_id"] not in known}.values())
+    with self._write() as c:
+        for e in fresh:
+            hit = sa.or_(t.request_id == e["request_id"], sa.and_(t.subject == e["subject"], t.time <= e["time"]))
+            found = c.execute(sa.select(t.request_id, t.audio_path).where(hit)).all()
+            gone |= {r.request_id: dict(e, request_id=r.request_id) for r in found}
+            files += [self.audio_dir/r.audio_path for r in found if r.audio_path]
+            c.execute(self.requests.delete().where(hit))
+        for f in files: f.unlink(missing_ok=True)
+        stones = [{k: e[k] for k in ("request_id", "subject", "time")} for e in ({e["request_id"]: e for e in fresh} | gone).values()]
+        if stones: c.execute(self.tombstones.insert(), stones)
+        self._audit(c, "reapply", rows=len(gone), audio=len(files))
+    self._forget_pages()
+    return dict(rows=len(gone), audio=len(files), request_ids=sorted(s["request_id"] for s in stones), subjects=sorted({s["subject"] for s in stones}))
+
 # %% ../nbs/34_requestlog.ipynb #1f8f1020
 @patch
 def purge(self: RequestLog) -> dict:

@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'ApiError', 'error_response', 'split_words', 'segments', 'subtitles', 'answer', 'event_stream', 'read_form',
            'check_form', 'Batcher', 'Models', 'Metrics', 'Service', 'joined', 'Envelope', 'build_app']
 
-# %% ../nbs/35_serve.ipynb #b6de1fa8
-import asyncio, json, math, mimetypes, re, secrets, sys, threading, time, zlib
+# %% ../nbs/35_serve.ipynb #93397318
+import asyncio, contextvars, json, math, mimetypes, re, secrets, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -27,6 +27,7 @@ from .decode import Keywords, decode
 from .keys import Keys
 from .labels import forget as erase_everywhere
 from .listen import Listener
+from .observe import Lines, Spans
 from .requestlog import RequestLog, consent_scopes
 from .text import encode
 
@@ -136,7 +137,7 @@ def event_stream(
     for i, w in enumerate(result["words"]): yield _event(type="transcript.text.delta", delta=(" " if i else "") + w["word"])
     yield _done(result, logprobs)
 
-# %% ../nbs/35_serve.ipynb #8304e04a
+# %% ../nbs/35_serve.ipynb #3efe360b
 class _InMemory(MultiPartParser):
     "A multipart parser that never spools to the disk."
     def __init__(self, headers, stream, limit):
@@ -148,9 +149,9 @@ async def _body(request: Request, limit: int):
     given = request.headers.get("content-length", "0")
     big = ApiError(413, f"the upload is larger than {limit} bytes, the most that is allowed", "file", "too_big")
     if given.isdecimal() and int(given) > limit: raise big
-    size = 0
+    size, seen = 0, request.scope["state"]["seen"]
     async for part in request.stream():
-        size += len(part)
+        seen["bytes"] = size = size + len(part)
         if size > limit: raise big
         yield part
 
@@ -237,39 +238,45 @@ def check_form(
     if "timestamp_granularities" in fields and kind != "verbose_json": raise ApiError(400, f"timestamp_granularities with response_format {kind}; only verbose_json carries them", "timestamp_granularities", "invalid_value")
     return form
 
-# %% ../nbs/35_serve.ipynb #bc78a435
+# %% ../nbs/35_serve.ipynb #c7ed92e0
 class Batcher:
     "Gathers items of concurrent requests into batches for one worker thread."
     def __init__(self,
         run,  # list of items -> list of results, called in the worker thread
         size: int,  # largest batch
         wait: float,  # seconds that an item waits for company
-        seen=None,  # called with the size of each batch and the seconds that its first item waited
+        seen=None,  # called with the size of each batch
     ):
-        self.run, self.size, self.wait, self.seen = run, size, wait, seen or (lambda n, s: None)
+        self.run, self.size, self.wait, self.seen = run, size, wait, seen or (lambda n: None)
         self.waiting, self.task = [], None
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="recognise")
 
     async def submit(self,
         item,  # what `run` takes
+        spent=lambda stage, start, end: None,  # told when it waited ("queue") and when it was worked on ("recognise")
     ):
         "The result of one item; raises what `run` raised for it."
-        done = asyncio.get_running_loop().create_future()
-        self.waiting.append((item, done, time.perf_counter()))
+        one = dict(item=item, done=asyncio.get_running_loop().create_future(), asked=time.perf_counter())
+        self.waiting.append(one)
         if self.task is None or self.task.done(): self.task = asyncio.create_task(self._work())
-        return await done
+        try: return await one["done"]
+        finally:
+            now = time.perf_counter()
+            spent("queue", one["asked"], one.get("began", now))
+            if "began" in one: spent("recognise", one["began"], now)
 
     async def _work(self):
         "Run batches until nobody waits."
         while self.waiting:
             if len(self.waiting) < self.size: await asyncio.sleep(self.wait)
             batch, self.waiting = self.waiting[:self.size], self.waiting[self.size:]
-            batch = [b for b in batch if not b[1].done()]      # who hung up is not worked for
+            batch = [b for b in batch if not b["done"].done()]      # who hung up is not worked for
             if not batch: continue
-            self.seen(len(batch), time.perf_counter() - batch[0][2])
-            results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b[0] for b in batch])
-            for (_, done, _), r in zip(batch, results):
-                if not done.done(): done.set_exception(r) if isinstance(r, Exception) else done.set_result(r)
+            self.seen(len(batch))
+            for b in batch: b["began"] = time.perf_counter()
+            results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
+            for b, r in zip(batch, results):
+                if not b["done"].done(): b["done"].set_exception(r) if isinstance(r, Exception) else b["done"].set_result(r)
 
     def _safely(self, items):
         "Results, or the exception in place of a result; an item that breaks its batch does not spoil its neighbours."
@@ -316,7 +323,7 @@ class Models:
                 self.look()
         threading.Thread(target=loop, daemon=True, name="models").start()
 
-# %% ../nbs/35_serve.ipynb #bfceeb72
+# %% ../nbs/35_serve.ipynb #c0a71048
 class Metrics:
     "The server's Prometheus metrics, in a registry of their own."
     def __init__(self):
@@ -326,17 +333,21 @@ class Metrics:
         self.latency = prom.Histogram("voicelab_request_seconds", "Time from the first byte to the answer", ["endpoint"], buckets=fine, registry=r)
         self.stage = prom.Histogram("voicelab_stage_seconds", "Time by stage of a request", ["stage"], buckets=fine, registry=r)
         self.batch = prom.Histogram("voicelab_batch_size", "Clips recognised together", buckets=(1, 2, 4, 8, 16), registry=r)
-        self.rejects = prom.Counter("voicelab_rejects", "Requests refused, by reason", ["reason"], registry=r)
+        self.rejects = prom.Counter("voicelab_rejects", "Requests refused, by reason (the error's code)", ["reason"], registry=r)
+        self.rtf = prom.Histogram("voicelab_real_time_factor", "Time from the first byte to the answer over the clip's duration", buckets=(.005, .01, .02, .05, .1, .2, .5, 1, 2, 5), registry=r)
         self.audio = prom.Counter("voicelab_audio_seconds", "Seconds of audio recognised", registry=r)
         self.busy = prom.Counter("voicelab_recognise_seconds", "Seconds that the recogniser worked; over audio seconds: the real-time factor", registry=r)
         self.inside = prom.Gauge("voicelab_requests_inside", "Requests being worked on or waiting", registry=r)
         self.logged = prom.Counter("voicelab_logged", "Requests by what was kept of them", ["level"], registry=r)
         self.log_failures = prom.Counter("voicelab_log_failures", "Requests that had consent and could not be logged", registry=r)
+        self.lines_lost = prom.Counter("voicelab_lines_lost", "Lines for the operator that found their way out full", registry=r)
         self.streams = prom.Gauge("voicelab_streams", "Live streams that are open", registry=r)
         self.swaps = prom.Counter("voicelab_model_swaps", "Model swaps by outcome", ["outcome"], registry=r)
         self.model = prom.Info("voicelab_model", "The model in use", registry=r)
 
-# %% ../nbs/35_serve.ipynb #bf03b702
+# %% ../nbs/35_serve.ipynb #8a3dad48
+_now = contextvars.ContextVar("request", default=None)    # what is known of the request that is worked on here
+
 class Service:
     "Everything behind the routes: admission, decoding, recognition, logging."
     def __init__(self,
@@ -346,15 +357,17 @@ class Service:
         metrics: Metrics = None,  # counters
     ):
         self.models, self.log, self.search, self.metrics, self.keys = models, log, search, metrics or Metrics(), Keys()
-        self.streams = 0                                       # live ones that are open
+        self.streams = self.active = 0                         # live ones that are open; HTTP requests that were let in
+        self.draining, self.lines, self.spans = False, Lines(), Spans()
         self.inside, self.most = 0, setting("QUEUE") + setting("BATCH")
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")
-        self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self._batched)
+        self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self.metrics.batch.observe)
 
-    def _batched(self, n, waited):
-        "Count a batch."
-        self.metrics.batch.observe(n)
-        self.metrics.stage.labels("queue").observe(waited)
+    def spent(self, stage: str, start: float, end: float = None):
+        "Count the time of a stage, in the metrics and for the request that it belongs to."
+        end = time.perf_counter() if end is None else end
+        self.metrics.stage.labels(stage).observe(end - start)
+        if seen := _now.get(): seen["stages"].append((stage, start, end))
 
     def _recognise(self, items: list) -> list:
         "Recognise (samples, options) of a batch in the worker thread, all by the same model."
@@ -367,14 +380,30 @@ class Service:
         "Run something slow off the event loop, and count its time."
         start = time.perf_counter()
         try: return await asyncio.get_running_loop().run_in_executor(self.threads, f, *args)
-        finally: self.metrics.stage.labels(stage).observe(time.perf_counter() - start)
+        finally: self.spent(stage, start)
 
-# %% ../nbs/35_serve.ipynb #986709c6
+    def refused(self, seen: dict, e: ApiError) -> JSONResponse:
+        "The answer to a request that is refused, counted by its reason."
+        seen["code"] = e.code or str(e.status)
+        self.metrics.rejects.labels(seen["code"]).inc()
+        return error_response(e)
+
+    async def drain(self,
+        seconds: float,  # that the requests inside may take to finish
+    ) -> int:
+        "Take nothing new, and wait for what was taken; how many did not finish in time. Live streams get their last words."
+        self.draining, end = True, time.monotonic() + seconds
+        self.lines("info", "stopping", requests=self.active, streams=self.streams)
+        while (self.active or self.streams) and time.monotonic() < end: await asyncio.sleep(.05)
+        left = self.active + self.streams
+        self.lines("warning" if left else "info", "drained", left=left)
+        return left
+
+# %% ../nbs/35_serve.ipynb #0950ef72
 @contextmanager
 def _admitted(service):
     "A place among the requests inside, or a 503 at once."
     if service.inside >= service.most:
-        service.metrics.rejects.labels("overloaded").inc()
         raise ApiError(503, f"the server is busy with {service.inside} requests, the most that it takes; try again in a moment", None, "overloaded", retry_after=1)
     service.inside += 1
     service.metrics.inside.set(service.inside)
@@ -392,10 +421,8 @@ async def _decode(service, f, *args):
 
 async def _recognised(service, samples, options) -> dict:
     "One clip or utterance through the queue; raises `ApiError`."
-    start = time.perf_counter()
-    try: result = await service.batcher.submit((samples, options))
+    try: result = await service.batcher.submit((samples, options), service.spent)
     except InputError as e: raise ApiError(400, str(e), None, "invalid_value") from None
-    service.metrics.stage.labels("recognise").observe(time.perf_counter() - start)
     service.metrics.audio.inc(result["duration"])
     return result
 
@@ -443,7 +470,7 @@ async def _transcribe(service, reader: AudioReader, piece, **options) -> dict:
     parts = [p async for p in _utterances(service, reader, piece, options)]
     return joined(parts, reader.info["duration"], service.models.label)
 
-# %% ../nbs/35_serve.ipynb #7b02470f
+# %% ../nbs/35_serve.ipynb #6e8c5255
 def _keep(service, seen, result=None, samples=None, info=None, data=None) -> str:
     "Log one request in a thread, as far as its consent goes; returns what was kept."
     row = dict(request_id=seen["id"], model=seen["model"], status=seen["status"], latency_ms=round((time.perf_counter() - seen["start"]) * 1000, 2),
@@ -461,12 +488,12 @@ async def _log(service, seen: dict, *clip) -> str:
         try: level = await service.thread("log", lambda: _keep(service, seen, *clip))
         except Exception as e:
             service.metrics.log_failures.inc()
-            print(f"request {seen['id']} could not be logged: {type(e).__name__}", file=sys.stderr, flush=True)
+            service.lines("error", "not logged", request_id=seen["id"], error=type(e).__name__)
     service.metrics.logged.labels(level).inc()
     seen["logged"] = level
     return level
 
-# %% ../nbs/35_serve.ipynb #338a5c1f
+# %% ../nbs/35_serve.ipynb #9245eda1
 _PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; connect-src 'self'; "
                 "worker-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 _SECURITY = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY", "content-security-policy": _PAGE_POLICY,
@@ -478,7 +505,8 @@ def _seen(scope, model: str) -> dict:
     def short(name): return headers.get(name, "").strip()[:64] or None
     return dict(id=headers.get("x-request-id") or secrets.token_hex(16), start=time.perf_counter(), model=model, status=200, headers=headers,
                 consent=consent_scopes(headers.get("x-voicelab-consent")), subject=headers.get("x-voicelab-subject", "").strip()[:256] or None,
-                policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None)
+                policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None,
+                stages=[], bytes=0, audio_s=None, code=None)
 
 _ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where there are keys
 
@@ -494,7 +522,7 @@ def _refusal(seen: dict, path: str, keys: Keys):
     if path in _ADMIN and who["scope"] != "admin": return ApiError(403, f"the API key has the scope {who['scope']}; {path} needs admin", "authorization", "wrong_scope")
     if wait := keys.wait(who): return ApiError(429, f"more than {who['per_minute']} requests a minute with this API key", "authorization", "rate_limit_exceeded", retry_after=math.ceil(wait))
 
-# %% ../nbs/35_serve.ipynb #1b66a68e
+# %% ../nbs/35_serve.ipynb #38f437a0
 class Envelope:
     "ASGI layer around the application: headers, counting, refusals, errors in one shape."
     def __init__(self,
@@ -506,23 +534,25 @@ class Envelope:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         seen = scope.setdefault("state", {})["seen"] = _seen(scope, self.service.models.label)
-        started = False
+        service, started = self.service, False
+        _now.set(seen)
         async def wrapped(message):
             nonlocal started
             if message["type"] == "http.response.start":
                 started, seen["status"] = True, message["status"]
                 message["headers"] = [*message["headers"], *self._headers(seen, {k for k, _ in message["headers"]})]
             await send(message)
-        refusal = _refusal(seen, scope["path"], self.service.keys)
-        try: await (error_response(refusal) if refusal else self.app)(scope, receive, wrapped)
+        refusal = _refusal(seen, scope["path"], service.keys)
+        if service.draining and scope["path"] not in ("/healthz", "/metrics"): refusal = ApiError(503, "the server is stopping; try again in a moment", None, "stopping", retry_after=5)
+        service.active += not refusal
+        try: await (service.refused(seen, refusal) if refusal else self.app)(scope, receive, wrapped)
         except Exception as e:
-            print(f"request {seen['id']} failed: {type(e).__name__} at {_where(e)}", file=sys.stderr, flush=True)
+            service.lines("error", "failure", request_id=seen["id"], error=type(e).__name__, where=_where(e))
             seen["status"] = 500
-            if not started: await error_response(ApiError(500, "the server failed; the request id names the failure in its log", None, "internal"))(scope, receive, wrapped)
+            if not started: await service.refused(seen, ApiError(500, "the server failed; the request id names the failure in its log", None, "internal"))(scope, receive, wrapped)
         finally:
-            endpoint = getattr(scope.get("route"), "path", "other")
-            self.service.metrics.requests.labels(endpoint, str(seen["status"])).inc()
-            if endpoint.startswith("/v1/"): self.service.metrics.latency.labels(endpoint).observe(time.perf_counter() - seen["start"])
+            service.active -= not refusal
+            _tell(service, seen, scope["method"], getattr(scope.get("route"), "path", "other"))
 
     def _headers(self, seen, there) -> list:
         "The headers that every answer has."
@@ -531,29 +561,43 @@ class Envelope:
         if seen["receipt"]: ours["x-voicelab-receipt"] = seen["receipt"]
         return [(k.encode(), v.encode("latin-1", "replace")) for k, v in ours.items() if k.encode() not in there]
 
+def _tell(service, seen: dict, method: str, route: str):
+    "Count a request that is over, write its line and its spans. The route is the pattern, never the path: a path may name a subject."
+    end = time.perf_counter()
+    service.metrics.requests.labels(route, str(seen["status"])).inc()
+    if route.startswith("/v1/"): service.metrics.latency.labels(route).observe(end - seen["start"])
+    if seen["audio_s"]: service.metrics.rtf.observe((end - seen["start"]) / seen["audio_s"])
+    by_stage = {}
+    for stage, a, b in seen["stages"]: by_stage[stage] = round(by_stage.get(stage, 0) + 1000 * (b - a), 2)
+    level = "error" if seen["status"] == 500 else "warning" if seen["status"] >= 400 else "info" if route.startswith("/v1/") or route == "/vosk" else "debug"
+    fields = dict(request_id=seen["id"], method=method, route=route, status=seen["status"], code=seen["code"], ms=round(1000 * (end - seen["start"]), 2), stages_ms=by_stage,
+                  model=seen["model"], audio_s=seen["audio_s"], bytes=seen["bytes"], logged=seen["logged"])
+    service.lines(level, "request", **fields)
+    service.spans.request(f"{method} {route}", seen["start"], end, seen["stages"], fields, seen["headers"])
+
 def _where(e: Exception) -> str:
     "File and line where an exception arose, for our log."
     last = e.__traceback__
     while last and last.tb_next: last = last.tb_next
     return f"{Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno}" if last else "?"
 
-# %% ../nbs/35_serve.ipynb #68f7b07c
-def _handle_errors(app: FastAPI):
+# %% ../nbs/35_serve.ipynb #a2ad866b
+def _handle_errors(app: FastAPI, service: Service):
     "Turn the framework's own errors into OpenAI's shape."
     @app.exception_handler(ApiError)
-    async def ours(request, e): return error_response(e)
+    async def ours(request, e): return service.refused(request.scope["state"]["seen"], e)
 
     @app.exception_handler(HTTPException)
     async def framework(request, e):
         message = {404: f"no such path {request.url.path[:80]!r}; see /docs", 405: f"{request.method} is not allowed on {request.url.path[:80]!r}; see /docs"}.get(e.status_code, str(e.detail))
-        response = error_response(ApiError(e.status_code, message, None, {404: "not_found", 405: "method_not_allowed"}.get(e.status_code)))
+        response = service.refused(request.scope["state"]["seen"], ApiError(e.status_code, message, None, {404: "not_found", 405: "method_not_allowed"}.get(e.status_code)))
         response.headers.update(e.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e):
         first = e.errors()[0]
-        return error_response(ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", str(first["loc"][-1]), "invalid_value"))
+        return service.refused(request.scope["state"]["seen"], ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", str(first["loc"][-1]), "invalid_value"))
 
 async def _clip_request(service, request: Request, check) -> tuple:
     "The common path of a clip: form, decoding, recognition, log. `check` turns the fields into options."
@@ -564,7 +608,7 @@ async def _clip_request(service, request: Request, check) -> tuple:
     clip = ()
     try:
         form = check(await read_form(request))
-        service.metrics.stage.labels("receive").observe(time.perf_counter() - start)
+        service.spent("receive", start)
         with ExitStack() as place:
             place.enter_context(_admitted(service))
             reader, piece = await _open(service, form["file"])
@@ -573,7 +617,7 @@ async def _clip_request(service, request: Request, check) -> tuple:
                 seen["logged"] = "later"
                 return form, _as_it_is_done(service, seen, reader, piece, options, form, place.pop_all())
             result = await _transcribe(service, reader, piece, **options)
-        seen["model"], clip = result["model"], (result, piece, reader.info, form["file"])
+        seen["model"], seen["audio_s"], clip = result["model"], result["duration"], (result, piece, reader.info, form["file"])
         return form, result
     except ApiError as e:
         seen["status"] = e.status
@@ -595,8 +639,9 @@ async def _as_it_is_done(service, seen, reader, piece, options, form, place):
                 if r["text"]: yield _event(type="transcript.text.delta", delta=(" " if any(p["text"] for _, p in parts) else "") + r["text"])
                 parts.append((start, r))
             result = joined(parts, reader.info["duration"], service.models.label)
-            seen["model"], clip = result["model"], (result, piece, reader.info, form["file"])
+            seen["model"], seen["audio_s"], clip = result["model"], result["duration"], (result, piece, reader.info, form["file"])
         except ApiError as e:
+            service.refused(seen, e)
             seen["status"] = e.status
             yield _event(type="error", error=dict(message=str(e), type="invalid_request_error", param=e.param, code=e.code))
         finally: await _record(service, seen, *clip)
@@ -683,7 +728,7 @@ def _person_routes(app: FastAPI, service: Service):
         except Exception: raise ApiError(503, "the log cannot be written now; try again in a moment", None, "log_unavailable", retry_after=5) from None
         return JSONResponse(dict(deleted=True) | {k: gone[k] for k in ("rows", "audio", "tasks", "labels", "models")} | dict(datasets=len(gone["datasets"])))
 
-# %% ../nbs/35_serve.ipynb #4c476f2b
+# %% ../nbs/35_serve.ipynb #945bb312
 def _model_routes(app: FastAPI, service: Service):
     "Models, health, metrics."
     def card(label): return dict(id=label.split("@")[0], object="model", created=0, owned_by="voicelab", version=label)
@@ -713,7 +758,7 @@ def _model_routes(app: FastAPI, service: Service):
 
     @app.get("/readyz", responses=_answers(503), tags=["server"])
     async def readyz() -> Response:
-        "A model is loaded; a newer one that was refused is named."
+        "A model is loaded; a newer one that was refused is named. A server that is stopping answers 503."
         return JSONResponse(dict(status="ready", model=service.models.label, problem=bool(service.models.problem)))
 
     @app.get("/metrics", tags=["server"])
@@ -722,7 +767,7 @@ def _model_routes(app: FastAPI, service: Service):
         service.metrics.model.info(dict(model=service.models.label))
         return Response(prom.generate_latest(service.metrics.registry), media_type=prom.CONTENT_TYPE_LATEST)
 
-# %% ../nbs/35_serve.ipynb #4a504d6e
+# %% ../nbs/35_serve.ipynb #c2f5688e
 def _page_routes(app: FastAPI):
     "The static pages; they are read once, so a request cannot reach any other file."
     files = {p.name: (p.read_bytes(), mimetypes.guess_type(p.name)[0] or "application/octet-stream") for p in sorted(package_path("web").glob("*.*"))}
@@ -740,7 +785,7 @@ def build_app(
 ) -> FastAPI:
     "The web application, for any ASGI server."
     app = FastAPI(title="voicelab", version="1", description="Voice search: speech to text, and search by voice.", docs_url=None, redoc_url=None)
-    _handle_errors(app)
+    _handle_errors(app, service)
     _speech_routes(app, service)
     _person_routes(app, service)
     _model_routes(app, service)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['make_service', 'run_server', 'server']
 
-# %% ../nbs/37_server.ipynb #e7be6a14
-import os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
+# %% ../nbs/37_server.ipynb #7db85c57
+import logging, os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,13 +15,14 @@ import httpx
 from .core import InputError, free_port, home, setting
 from .keys import Keys
 from .live import add_live
+from .observe import Lines, Spans
 from .recognizer import Recognizer
 from .registry import Registry
 from .requestlog import RequestLog
 from .search import SearchIndex
 from .serve import Metrics, Models, Service, build_app
 
-# %% ../nbs/37_server.ipynb #6ac9980e
+# %% ../nbs/37_server.ipynb #07d55caf
 def _load(folder, label: str):
     "A recogniser, its files checked and its first inference behind it."
     return Recognizer(folder, threads=setting("THREADS"), label=label)
@@ -45,12 +46,45 @@ def _purge_hourly(log: RequestLog):
 
 class _Replica:
     "What Ray Serve runs: the web application, built inside the replica's process."
-    def __init__(self, model):
+    def __init__(self, model, lines):
         import ray.serve._private.replica as r
         listen = r.add_port_to_grpc_server
         r.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))   # Ray 2.60 binds this one to all addresses
         self.service = make_service(model)
+        self.service.lines = Lines(out=_Pipe(lines, self.service.metrics.lines_lost.inc))
     def __serve_build_asgi_app__(self): return add_live(build_app(self.service, outer_id=True), self.service)
+    async def drain(self, seconds: float) -> int:
+        left = await self.service.drain(seconds)
+        self.service.spans.flush()
+        return left
+
+# %% ../nbs/37_server.ipynb #8583aac8
+class _Pipe:
+    "Writes into a named pipe and never waits."
+    def __init__(self, path, lost):
+        self.fd, self.lost = os.open(path, os.O_WRONLY | os.O_NONBLOCK), lost
+    def write(self, text):
+        try: os.write(self.fd, text.encode()[:4096])      # so much is written whole or not at all
+        except OSError: self.lost()
+
+def _forward(path):
+    "Make a named pipe and a thread that copies its lines to our standard error; returns a function that ends it after the last line."
+    os.mkfifo(path, 0o600)
+    fd = os.open(path, os.O_RDWR)
+    def copy():
+        with os.fdopen(fd, "rb", closefd=False) as pipe:
+            for line in pipe:
+                if line == b"\0\n": return
+                with suppress(OSError, ValueError):
+                    sys.stderr.write(line.decode("utf-8", "replace"))
+                    sys.stderr.flush()
+    thread = threading.Thread(target=copy, daemon=True, name="lines")
+    thread.start()
+    def end():
+        os.write(fd, b"\0\n")
+        thread.join(5)
+        os.close(fd)
+    return end
 
 # %% ../nbs/37_server.ipynb #7eb52e9e
 _RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_THROUGHPUT_OPTIMIZED="1", RAY_SERVE_ENABLE_DIRECT_INGRESS="0", RAY_SERVE_USE_GRPC_BY_DEFAULT="0",
@@ -82,7 +116,7 @@ def _start_ray(folder: str):
     ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=80 * 2**20, log_to_driver=False, logging_level="ERROR",
              _node_ip_address="127.0.0.1", _temp_dir=folder)
 
-# %% ../nbs/37_server.ipynb #72fffd7f
+# %% ../nbs/37_server.ipynb #9393e51f
 def _check_address(host: str, port: int):
     "Refuse an address that is open to others without keys, or taken."
     if host not in ("127.0.0.1", "localhost", "::1"):
@@ -114,20 +148,32 @@ def _ray_folder() -> str:
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists(): shutil.rmtree(old, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"voicelab-ray-{os.getpid()}-", dir=place)
 
-def _start(host: str, port: int, model):
-    "Start Ray and the application; returns, when it answers, a function that stops both."
+def _start(host: str, port: int, model, told: threading.Event):
+    "Start Ray and the application; returns, when it answers, a function that stops both. Sets `told` on a signal to stop, which may come as soon as it answers."
     os.environ["VOICELAB_HOME"] = str(home().resolve())      # whatever folder Ray's processes work in
-    folder = _ray_folder()
+    Lines(), Spans()                                         # a setting that will not do is told before anything is started
+    folder, limit = _ray_folder(), setting("DRAIN_SECONDS")
+    end_lines = _forward(f"{folder}/lines")
     _start_ray(folder)
+    if threading.current_thread() is threading.main_thread():          # after Ray, which has a handler of its own
+        for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda *_: told.set())
     import ray
     from ray import serve
+    logging.getLogger("ray.serve").setLevel("ERROR")         # standard error is for lines of JSON
     def stop():
+        try: application.drain.remote(limit).result(timeout_s=limit + 5)
+        except Exception as e: Lines()("error", "not drained", error=f"{type(e).__name__}: {e}")
+        for actor in ray.util.list_named_actors(all_namespaces=True):      # no new connections: else Ray would answer 404 while it takes the application down
+            if actor["name"].startswith("SERVE_PROXY_ACTOR"):
+                with suppress(Exception): ray.kill(ray.get_actor(**actor))
         serve.shutdown()
         ray.shutdown()
+        end_lines()
         shutil.rmtree(folder, ignore_errors=True)
     serve.start(http_options=dict(host=host, port=port, **_tls()), logging_config=dict(log_level="WARNING", enable_access_log=False))
     deployment = serve.deployment(name="voicelab", num_replicas=1, max_ongoing_requests=10_000, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
-    serve.run(deployment(serve.ingress()(_Replica)).bind(model), name="voicelab", route_prefix="/")
+    application = serve.run(deployment(serve.ingress()(_Replica)).bind(model, f"{folder}/lines"), name="voicelab", route_prefix="/")
+    application._init(_run_router_in_separate_loop=True)       # we have no event loop here
     return stop
 
 def run_server(
@@ -140,16 +186,15 @@ def run_server(
     host, port = host or setting("HOST"), setting("PORT") if port is None else port
     _check_address(host, port)
     _, label = Registry().resolve(model or "champion")
-    stop = _start(host, port, model)
+    told = threading.Event()
+    stop = _start(host, port, model, told)
     print(f"serving {label} on {'https' if _tls() else 'http'}://{host}:{port}  (Ctrl-C stops)", flush=True)
     if not block: return stop
-    told = threading.Event()
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda *_: told.set())
     while not told.wait(.5): pass
     print("stopping", flush=True)
     stop()
 
-# %% ../nbs/37_server.ipynb #2d141249
+# %% ../nbs/37_server.ipynb #d20ae1e5
 @contextmanager
 def server(
     port: int = None,  # None: a free one
@@ -172,7 +217,7 @@ def server(
             yield url
         finally:
             proc.terminate()
-            try: proc.wait(30)
+            try: proc.wait(setting("DRAIN_SECONDS") + 30)
             except subprocess.TimeoutExpired: proc.kill()
             with suppress(ProcessLookupError): os.killpg(proc.pid, signal.SIGKILL)     # nothing of it stays
 

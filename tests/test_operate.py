@@ -1,0 +1,156 @@
+"""What an operator sees of the real server: lines, metrics, spans, and a stop that breaks nothing."""
+import http.server, json, os, re, signal, socket, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from voicelab.audio import wav_bytes
+from voicelab.core import free_port
+from voicelab.export import toy_tones
+from voicelab.requestlog import RequestLog
+
+SAID = "a bad cab"
+CLIP = wav_bytes(toy_tones(SAID))
+LONG = wav_bytes(np.tile(toy_tones(SAID), 18))
+
+
+class Running:
+    "A server as an operator starts it: its process, its address, its standard error by and by."
+    def __init__(self, home, **env):
+        self.port = free_port()
+        self.url, self.err = f"http://127.0.0.1:{self.port}", []
+        self.proc = subprocess.Popen([Path(sys.executable).parent / "voicelab", "serve", "--port", str(self.port)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                     env=dict(os.environ, VOICELAB_HOME=str(home), **env), start_new_session=True)
+        self.reader = threading.Thread(target=lambda: self.err.extend(self.proc.stderr), daemon=True)
+        self.reader.start()
+        end = time.time() + 300
+        while time.time() < end and self.proc.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200: return
+            except httpx.HTTPError: time.sleep(.2)
+        raise AssertionError("".join(self.err))
+
+    def say(self, path="/v1/audio/transcriptions", clip=CLIP, **headers):
+        return httpx.post(self.url + path, files=dict(file=("my-secret-name.wav", clip)), headers={k.replace("_", "-"): v for k, v in headers.items()}, timeout=120)
+
+    def figures(self): return httpx.get(f"{self.url}/metrics", timeout=30).text
+
+    def kill(self):
+        try: os.killpg(self.proc.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+        self.proc.wait()
+        self.reader.join(10)
+
+
+def test_lines_metrics_and_spans(toy_home, request):
+    "One line a request on the server's standard error, with disjoint stages; the metrics and the spans agree with it."
+    got = []
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+        def log_message(self, *_): pass
+    collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    request.addfinalizer(collector.shutdown)
+    server = Running(toy_home, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}")
+    request.addfinalizer(server.kill)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    found = server.say("/v1/search", x_voicelab_consent="transcript", x_voicelab_subject="planted-person", authorization="Bearer planted-key", traceparent=f"00-{trace}-b7ad6b7169203331-01")
+    assert found.json()["text"] == SAID
+    assert server.say(clip=b"no sound").status_code == 400
+    assert httpx.delete(f"{server.url}/v1/subjects/planted-person").status_code == 200
+    assert httpx.get(f"{server.url}/planted-path").status_code == 404
+    figures = server.figures()
+    server.proc.send_signal(signal.SIGTERM)
+    assert server.proc.wait(60) == 0
+    server.reader.join(10)
+    lines = [json.loads(l) for l in server.err]                    # every line is JSON
+    told = [l for l in lines if l["event"] == "request"]
+    assert [(l["method"], l["route"], l["status"], l["code"], l["level"]) for l in told] == [
+        ("POST", "/v1/search", 200, None, "info"), ("POST", "/v1/audio/transcriptions", 400, "unreadable", "warning"),
+        ("DELETE", "/v1/subjects/{subject}", 200, None, "info"), ("GET", "/{name}", 404, "not_found", "warning")], told
+    one = told[0]
+    assert (one["request_id"], one["model"], one["logged"]) == (found.headers["x-request-id"], "voicesearch@1", "transcript") and one["bytes"] > len(CLIP) and one["audio_s"] == pytest.approx(len(toy_tones(SAID)) / 16000, abs=.01)
+    assert list(one["stages_ms"]) == ["receive", "decode", "queue", "recognise", "log", "search"] and all(v > 0 for v in one["stages_ms"].values())
+    assert sum(one["stages_ms"].values()) <= one["ms"] + .06
+    assert [s for s in (SAID, "planted", "my-secret-name", "bearer") if s in "".join(server.err).lower()] == []
+    assert [l["event"] for l in lines if l["event"] != "request"] == ["stopping", "drained"]
+
+    value = lambda name: float(re.search(rf"^{re.escape(name)} (\S+)$", figures, re.M)[1])
+    assert value('voicelab_requests_total{endpoint="/v1/search",status="200"}') == value('voicelab_rejects_total{reason="unreadable"}') == value("voicelab_batch_size_count") == value("voicelab_real_time_factor_count") == 1
+    stages = {s: value(f'voicelab_stage_seconds_sum{{stage="{s}"}}') for s in ("queue", "recognise", "search")}
+    assert all(abs(1000 * v - one["stages_ms"][s]) < .01 for s, v in stages.items())
+    assert 0 < sum(stages.values()) < value('voicelab_request_seconds_sum{endpoint="/v1/search"}')
+
+    spans = [s for r in got for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans]
+    whole = next(s for s in spans if s.name == "POST /v1/search")
+    inner = [s for s in spans if s.parent_span_id == whole.span_id]
+    assert whole.trace_id.hex() == trace and list(dict.fromkeys(s.name for s in inner)) == list(one["stages_ms"])
+    ends = [t for s in inner for t in (s.start_time_unix_nano, s.end_time_unix_nano)]
+    assert ends == sorted(ends) and whole.start_time_unix_nano <= ends[0] and ends[-1] <= whole.end_time_unix_nano      # one after the other
+    assert not any(w in str(got) for w in ("planted", "my-secret-name", SAID))
+
+
+def test_sigterm_under_load(toy_home, monkeypatch, request):
+    "Told to stop, the server finishes what it took, also a stream and live speech; what comes later is refused; then it exits within its limit."
+    server = Running(toy_home, VOICELAB_QUEUE="40", VOICELAB_DRAIN_SECONDS="100")
+    request.addfinalizer(server.kill)
+    stack = ExitStack()
+    request.addfinalizer(stack.close)
+    live = stack.enter_context(connect(server.url.replace("http", "ws") + "/vosk"))
+    live.send(json.dumps(dict(config=dict(sample_rate=16000))))
+    live.send((toy_tones(SAID) * 32767).astype("<i2").tobytes())
+    assert list(json.loads(live.recv())) == ["partial"]
+    with ThreadPoolExecutor(40) as pool:
+        inside = [pool.submit(server.say, clip=LONG, x_voicelab_consent="metrics") for _ in range(24)]
+        taken, end = 0, time.time() + 60
+        while time.time() < end and taken < 8: taken = float(re.search(r"^voicelab_requests_inside (\S+)", server.figures(), re.M)[1])
+        assert taken >= 8
+        told, late = time.time(), []
+        server.proc.send_signal(signal.SIGTERM)
+        while server.proc.poll() is None and time.time() < told + 150:
+            try: late.append(httpx.post(f"{server.url}/v1/audio/transcriptions", files=dict(file=("a.wav", CLIP)), timeout=30))
+            except httpx.HTTPError as e: late.append(e)
+            time.sleep(.02)
+        lost = [f.exception() for f in inside if f.exception()]
+    assert lost == [], "".join(server.err[-20:])
+    answers = [f.result() for f in inside]
+    assert server.proc.wait(10) == 0
+    done = [r for r in answers if r.status_code == 200]
+    assert len(done) >= taken and all(r.json()["text"].startswith(SAID) and r.headers["x-voicelab-logged"] == "metrics" for r in done)
+    assert {r.json()["error"]["code"] for r in answers if r.status_code != 200} <= {"stopping"}           # these had not been taken yet
+    assert "text" in json.loads(live.recv())                        # the last words, whatever a detector of speech makes of tones
+    with pytest.raises(ConnectionClosed) as closed: live.recv()
+    assert closed.value.rcvd.code == 1012
+    codes = [getattr(r, "status_code", type(r).__name__) for r in late]
+    first_no = next(i for i, c in enumerate(codes) if c != 200)
+    assert set(codes[first_no:]) <= {503, "ConnectError", "ReadError", "RemoteProtocolError"} and 503 in codes, codes        # once it refuses, it does not take again
+    refused = next(r for r in late if getattr(r, "status_code", 0) == 503)
+    assert refused.json()["error"]["code"] == "stopping" and int(refused.headers["retry-after"]) >= 1
+    with pytest.raises(OSError): socket.create_connection(("127.0.0.1", server.port), timeout=2)
+    server.reader.join(10)
+    assert [l["left"] for l in map(json.loads, server.err) if l["event"] == "drained"] == [0]
+    monkeypatch.setenv("VOICELAB_HOME", str(toy_home))
+    assert {r.headers["x-request-id"] for r in done} <= set(RequestLog().rows().request_id)
+
+
+def test_a_request_that_does_not_end_is_cut_at_the_limit(toy_home, request):
+    "A client that sends half a request and waits holds the server up for DRAIN_SECONDS, no longer."
+    server = Running(toy_home, VOICELAB_DRAIN_SECONDS="1")
+    request.addfinalizer(server.kill)
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n")
+        time.sleep(1)
+        server.proc.send_signal(signal.SIGTERM)
+        assert server.proc.wait(60) == 0
+    server.reader.join(10)
+    assert [(json.loads(l)["event"], json.loads(l)["level"], json.loads(l).get("left")) for l in server.err if "drained" in l] == [("drained", "warning", 1)]
