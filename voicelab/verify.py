@@ -307,14 +307,14 @@ def rate_verdict(
 def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, least: int = 20):
     "Rows of a corpus or source (error) or of a speaker (warning) that all seem to be played too fast or too slow."
     if "text" not in df: return
-    octaves, done = octaves_off(df, table).set_axis(df.index), set()
+    octaves, done = octaves_off(df, table).set_axis(df.index)[(table.reading == "").to_numpy()], set()          # wrong bytes say nothing of rates
     every = [(f"all {len(df)} clips", df.index, False)]
     if "source" in df: every += [(f"source {s}", g.index, False) for s, g in df.groupby("source") if s]
     every += [(f"speaker {s}", g.index, True) for s, g in df.groupby("speaker") if s]
     for name, rows, strict in every:
-        known = octaves.loc[rows].dropna(subset="off")
+        known = octaves.loc[octaves.index.intersection(rows)].dropna(subset="off")
         if len(known) < (4 if strict else least) or (factor := rate_verdict(known, strict)) == 1: continue
-        for i in rows.difference(list(done)):
+        for i in octaves.index.intersection(rows).difference(list(done)):
             rate = table.rate.iloc[i] if table.rate.iloc[i] > 0 else SAMPLE_RATE
             likely = _RATES[np.argmin(np.abs(np.log(_RATES / (rate / factor))))]
             yield i, "wrong_rate", "warning" if strict else "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by pitch, timbre and tempo; labelled {rate:.0f} Hz, perhaps {likely} Hz"
