@@ -295,29 +295,26 @@ def octaves_off(
 
 def rate_verdict(
     octaves: pd.DataFrame,  # rows of `octaves_off` that should share a rate
-    strict: bool = False,   # ask for more, as for a single speaker
 ) -> float:                 # the factor by which they are played too fast (below 1: too slow); 1 when nothing speaks for it
     "Do pitch, timbre and tempo of a group all say the same?"
     m = octaves.median()
-    least, tempo, timbre = (.6, .5, .35) if strict else (.5, .4, .3)
     s = np.sign(m.off)
-    if not (abs(m.off) > least and s * m.tempo > tempo and s * m.timbre > timbre): return 1.0
+    if not (abs(m.off) > .5 and s * m.tempo > .4 and s * m.timbre > .3): return 1.0
     return 1.0 if s > 0 and m.tempo < .75 * m.pitch else float(2 ** m.off)             # children are higher, but not faster
 
 def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, least: int = 20):
-    "Rows of a corpus or source (error) or of a speaker (warning) that all seem to be played too fast or too slow."
+    "Rows of a corpus or source that all seem to be played too fast or too slow."
     if "text" not in df: return
     octaves, done = octaves_off(df, table).set_axis(df.index)[(table.reading == "").to_numpy()], set()          # wrong bytes say nothing of rates
-    every = [(f"all {len(df)} clips", df.index, False)]
-    if "source" in df: every += [(f"source {s}", g.index, False) for s, g in df.groupby("source") if s]
-    every += [(f"speaker {s}", g.index, True) for s, g in df.groupby("speaker") if s]
-    for name, rows, strict in every:
+    every = [(f"all {len(df)} clips", df.index)]
+    if "source" in df: every += [(f"source {s}", g.index) for s, g in df.groupby("source") if s]
+    for name, rows in every:
         known = octaves.loc[octaves.index.intersection(rows)].dropna(subset="off")
-        if len(known) < (4 if strict else least) or (factor := rate_verdict(known, strict)) == 1: continue
+        if len(known) < least or (factor := rate_verdict(known)) == 1: continue
         for i in octaves.index.intersection(rows).difference(list(done)):
             rate = table.rate.iloc[i] if table.rate.iloc[i] > 0 else SAMPLE_RATE
             likely = _RATES[np.argmin(np.abs(np.log(_RATES / (rate / factor))))]
-            yield i, "wrong_rate", "warning" if strict else "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by pitch, timbre and tempo; labelled {rate:.0f} Hz, perhaps {likely} Hz"
+            yield i, "wrong_rate", "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by pitch, timbre and tempo; labelled {rate:.0f} Hz, perhaps {likely} Hz"
         done |= set(rows)
 
 # %% ../nbs/13_verify.ipynb #636c0b16
