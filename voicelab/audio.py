@@ -13,6 +13,7 @@ import io
 import os
 import re
 import struct
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -364,6 +365,7 @@ def k_biquads(
     a0, printed = scale(k), scale(np.tan(np.pi * f / 48000))          # the standard rounds its gain at 48 kHz to one: so here
     return [shelf, (np.array([1., -2, 1]) * printed / a0, np.array([a0, 2 * (k * k - 1), 1 - k / q + k * k]) / a0)]
 
+@lru_cache
 def k_filter(
     rate: int = SAMPLE_RATE,  # Hz
 ) -> np.ndarray:              # (rate // 4,) float64, impulse response

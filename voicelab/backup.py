@@ -6,11 +6,10 @@
 __all__ = ['PLACES', 'backup', 'restore']
 
 # %% ../nbs/38_backup.ipynb #4eacb482
-import fcntl, gzip, hashlib, json, os, re, shutil, sqlite3, tarfile, tempfile, zlib
+import fcntl, gzip, hashlib, json, os, shutil, sqlite3, tarfile, tempfile, zlib
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
-import pandas as pd
 import sqlalchemy as sa
 
 from .core import InputError, home, read_json, read_jsonl, setting, sha256_file, utc_now, write_json, write_jsonl
@@ -211,7 +210,8 @@ def _unpack(path, staging: Path) -> dict:
     except FileNotFoundError: raise InputError(f"no file {path}") from None
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, FileExistsError) as e: raise InputError(f"{path} is damaged, or no backup of voicelab: {e}") from None
     if "backup.json" not in seen: raise InputError(f"{path} is cut off, or no backup of voicelab: it does not end with backup.json")
-    about = read_json(seen.pop("backup.json"))
+    try: about = read_json(seen.pop("backup.json"))
+    except InputError: raise InputError(f"{path} is damaged: its backup.json is no JSON") from None
     if about.get("format") != 1: raise InputError(f"{path} has the format {about.get('format')!r}; this voicelab reads 1")
     if odd := sorted(set(seen) ^ set(about["files"])): raise InputError(f"{path} is damaged: {odd[0]} is {'not listed' if odd[0] in seen else 'missing'}")
     for name, want in about["files"].items():

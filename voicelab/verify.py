@@ -13,25 +13,29 @@ import io
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import soundfile as sf
 
-from .audio import SAMPLE_RATE, AudioError, _fit, _frame_db, _pitch, audio_stats, loudness, read_audio
+from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio
 from .core import InputError, progress, setting, sha256_bytes
 from .text import encode, min_frames, normalize, unknown_characters
 
 # %% ../nbs/13_verify.ipynb #68f78227
+def _power(samples: np.ndarray) -> np.ndarray:
+    "Power spectra of frames of 25 ms, one every 10 ms, (T, 257); bins of 31.25 Hz."
+    frames = np.lib.stride_tricks.sliding_window_view(samples, 400)[::160] * np.hanning(400).astype(np.float32)
+    return np.abs(np.fft.rfft(frames, 512))**2 + 1e-12
+
 def noise_evidence(
-    samples: np.ndarray,  # (n,) float32 at 16 kHz
+    samples: np.ndarray,       # (n,) float32 at 16 kHz
+    power: np.ndarray = None,  # (T, 257) from `_power`, when already computed
 ) -> dict:                # spread (nepers), flatness 0..1, periodicity 0..1, range_db, kurtosis
     "Measurements that tell noise and tones from speech."
     if len(samples) < 800: return dict(spread=np.nan, flatness=0.0, periodicity=1.0, range_db=np.inf, kurtosis=np.inf)
     db = _frame_db(samples)
-    frames = np.lib.stride_tricks.sliding_window_view(samples, 400)[::160] * np.hanning(400).astype(np.float32)
-    power = np.abs(np.fft.rfft(frames, 512))**2 + 1e-12              # (T, 257)
+    power = _power(samples) if power is None else power
     mean = power.mean(0)
     use = mean > mean[2:].max() * 1e-4
     use[:2] = False                                                  # offset and hum of the recorder
@@ -115,12 +119,12 @@ _NO_BAND = dict(drop_db=np.nan, centroid_hz=np.nan)
 _NARROW_DB = -45.
 
 def voice_band(
-    samples: np.ndarray,  # (n,) float32 at 16 kHz
+    samples: np.ndarray,       # (n,) float32 at 16 kHz
+    power: np.ndarray = None,  # (T, 257) from `_power`, when already computed
 ) -> dict:                # drop_db: level above a telephone's band; centroid_hz of the louder frames
     "Where the power of a clip lies."
     if len(samples) < 800: return _NO_BAND
-    frames = np.lib.stride_tricks.sliding_window_view(samples, 400)[::160] * np.hanning(400).astype(np.float32)
-    power = np.abs(np.fft.rfft(frames, 512))**2 + 1e-12                                    # (T, 257), bins of 31.25 Hz
+    power = _power(samples) if power is None else power
     energy, high = power.sum(1), 10 * np.log10(np.percentile(power, 95, axis=0))
     loud = power[energy >= np.percentile(energy, 60)].mean(0)
     hz, edges = np.arange(257) * 31.25, 100 * 2 ** (np.arange(20) / 3)                     # thirds of an octave from 100 Hz
@@ -138,8 +142,8 @@ def fingerprint(
     x = samples[:30 * SAMPLE_RATE]
     if len(x) < _MARK_SIZE + 12 * _MARK_HOP: return np.zeros((0, 2), np.int64)
     frames = np.lib.stride_tricks.sliding_window_view(x, _MARK_SIZE)[::_MARK_HOP] * np.hanning(_MARK_SIZE).astype(np.float32)
-    power = np.cumsum(np.abs(np.fft.rfft(frames, 2048))**2, 1)
-    bands = np.log(np.diff(power[:, _BANDS], axis=1) + 1e-9)               # (T, 17)
+    spectra = np.fft.rfft(frames, 2048)[:, _BANDS[0] + 1:_BANDS[-1] + 1]
+    bands = np.log(np.add.reduceat(spectra.real**2 + spectra.imag**2, _BANDS[:-1] - _BANDS[0], axis=1) + 1e-9)   # (T, 17)
     step = np.diff(bands[4:] - bands[:-4], axis=1) > 0                     # (T-4, 16): against 40 ms ago
     words = step @ (1 << np.arange(16))
     level = bands.max(1)[4:]
@@ -202,7 +206,8 @@ def _inspect_one(
     except AudioError as e: return dict(code=e.code, message=str(e))
     except OSError as e: return dict(code="unreadable", message=f"{path}: {e.strerror}")
     sound = sha256_bytes(np.round(x * 32768).astype("<i4").tobytes())
-    return dict(code="", message="", sound=sound, lufs=loudness(x), marks=fingerprint(x)) | audio_stats(x) | noise_evidence(x) | voice_band(x) | reading_evidence(path)
+    power = _power(x) if len(x) >= 400 else None
+    return dict(code="", message="", sound=sound, lufs=loudness(x), marks=fingerprint(x)) | audio_stats(x) | noise_evidence(x, power) | voice_band(x, power) | reading_evidence(path)
 
 def inspect(
     df: pd.DataFrame,          # a manifest
