@@ -1,5 +1,7 @@
-"""Live speech through the real server: OpenAI's own realtime client, a plain vosk-style client, many streams at once, clients that vanish."""
+"""The base model behind the real server: live speech through OpenAI's own realtime client and a plain vosk-style one, many streams at once, clients that vanish, long files, recordings of people."""
 import asyncio, base64, json, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -10,6 +12,8 @@ from websockets.sync.client import connect
 
 from voicelab.audio import read_audio, wav_bytes
 from voicelab.evaluate import wer
+from voicelab.importers import import_corpus
+from voicelab.recognizer import load_recognizer
 from voicelab.requestlog import RequestLog
 from voicelab.server import server
 from voicelab.synth import make_voicesearch
@@ -209,3 +213,22 @@ def test_bad_frames_do_not_end_the_server(url):
             ws.send(b)
             assert "error" in json.loads(ws.recv()), b
     assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+# ---- recordings of people, through OpenAI's client
+
+def test_an4_dev_through_openai_client(url, base_home, corpora, monkeypatch):
+    "AN4's dev speakers: what the endpoint answers is what the recogniser says in process, so the word error rate is the same."
+    monkeypatch.setenv("VOICELAB_HOME", str(base_home))
+    df = import_corpus("an4").query("split == 'dev'").reset_index(drop=True)
+    assert len(df) == 102
+    recognizer = load_recognizer()
+    inside = [recognizer.transcribe([read_audio(f)])[0]["text"] for f in df.audio_filepath]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    with ThreadPoolExecutor(4) as pool:
+        outside = list(pool.map(lambda f: client.audio.transcriptions.create(file=Path(f), model="voicesearch").text, df.audio_filepath))
+    one, other = wer(df.text, inside), wer(df.text, outside)
+    print(f"AN4 dev WER in process {one:.4f}, through the endpoint {other:.4f}, texts that differ {sum(a != b for a, b in zip(inside, outside))}")
+    assert abs(one - other) < .003
+    assert other < .22
+

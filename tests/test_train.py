@@ -28,14 +28,14 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path):
         write_wav(tmp_path / f"{i}.wav", toy_tones(text))
         rows.append(dict(audio_filepath=f"{i}.wav", duration=len(toy_tones(text)) / 16000, text=text, speaker="s", split="train", utterance_id=str(i)))
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    whole = start(tmp_path / "m.jsonl", tmp_path / "whole")
-    assert whole.wait(300) == 0, whole.stderr.read()
-    killed = start(tmp_path / "m.jsonl", tmp_path / "killed")
+    whole, killed = (start(tmp_path / "m.jsonl", tmp_path / n) for n in ("whole", "killed"))
     for line in killed.stdout:
         if line.startswith("epoch 3/"): break
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "model.pt").exists()
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
     again = start(tmp_path / "m.jsonl", tmp_path / "killed")
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err

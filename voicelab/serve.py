@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from .audio import AudioError, AudioReader, audio_stats
 from .core import InputError, home, package_path, read_json, setting
@@ -546,6 +547,7 @@ class Envelope:
         if service.draining and scope["path"] not in ("/healthz", "/metrics"): refusal = ApiError(503, "the server is stopping; try again in a moment", None, "stopping", retry_after=5)
         service.active += not refusal
         try: await (service.refused(seen, refusal) if refusal else self.app)(scope, receive, wrapped)
+        except ClientDisconnect: seen["status"], seen["code"] = 499, "client_gone"       # nginx's number: nobody is left to answer
         except Exception as e:
             service.lines("error", "failure", request_id=seen["id"], error=type(e).__name__, where=_where(e))
             seen["status"] = 500

@@ -11,12 +11,12 @@ __all__ = ['PROBLEMS', 'FORECAST', 'noise_evidence', 'noise_verdict', 'roughness
 # %% ../nbs/13_verify.ipynb #9822ef3f
 import io
 import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 import soundfile as sf
+from joblib import Parallel, delayed
 
 from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio
 from .core import InputError, progress, setting, sha256_bytes
@@ -214,9 +214,9 @@ def inspect(
     max_seconds: float = 30.0, # longer clips are not read to their end
 ) -> pd.DataFrame:             # one row a clip, same order: code, message, sound, lufs, marks, audio_stats, noise_evidence, voice_band, reading_evidence
     "Measure every clip of a manifest."
-    with ThreadPoolExecutor(max(1, setting("THREADS"))) as pool:
-        found = pool.map(lambda p: _inspect_one(p, max_seconds), df.audio_filepath)
-        table = pd.DataFrame(list(progress(found, "listening", total=len(df))))
+    workers = max(1, setting("THREADS")) if len(df) > 150 else 1         # processes, which take two seconds to start
+    found = Parallel(workers, batch_size=16, return_as="generator")(delayed(_inspect_one)(p, max_seconds) for p in df.audio_filepath)
+    table = pd.DataFrame(list(progress(found, "listening", total=len(df))))
     columns = ["code", "message", "sound", "lufs", "marks", *audio_stats(np.zeros(800)), *noise_evidence(np.zeros(0)), *_NO_BAND, *_NO_READING]
     return table.reindex(columns=columns)
 
