@@ -2,13 +2,14 @@
 PYTHON ?= python3.11
 CORPUS ?= voicesearch
 PROFILE ?= quick
+SEED ?= 0
 BIN = .venv/bin
 export PYTHONUNBUFFERED = 1
 export RAY_USAGE_STATS_ENABLED = 0
 # numpy's small products need no threads of their own beside torch's and the loader's
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords base clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 base clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -52,6 +53,9 @@ bench-live: setup ## eight people speak at once: time to the first word and to t
 
 bench-keywords: setup ## names that no training heard, given as keywords among 100 and 1,000, into reports/benchmarks/keywords.json
 	$(BIN)/python tests/bench_keywords.py
+
+bench-an4: setup ## from scratch on AN4 alone, and its test set once, into reports/benchmarks/an4: make bench-an4 SEED=0
+	$(BIN)/python tests/bench_an4.py --seed $(SEED) --test
 
 lock: ## pin everything again, from requirements.in
 	$(BIN)/uv pip compile -q requirements.in --excludes requirements-without.in -o requirements.lock --python-version 3.11

@@ -62,6 +62,21 @@ def postgres(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+def chromium(p, microphone):
+    "Chromium whose microphone plays a file."
+    return p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+                                                             f"--use-file-for-fake-audio-capture={microphone}"])
+
+
+@pytest.fixture(scope="module")
+def chromiums():
+    "Playwright, which starts browsers."
+    if not CHROMIUM: pytest.skip("no chromium on this machine: install it (apt-get install chromium) to test the page")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as p: yield p
+
+
 ORDER = ["test_repo", "test_cli", "test_train", "test_notebooks"]  # fast ones first; the whole cycle last
 
 def pytest_collection_modifyitems(items):

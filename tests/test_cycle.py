@@ -33,9 +33,6 @@ def check(run, out, home, corpus):
     registry = Registry(home / "registry")
     assert registry.aliases(corpus)["champion"] in (results["5_deploy"]["outputs"]["version"], results["7_retrain"]["outputs"]["version"])
     assert results["6_monitor"]["metrics"]["requests"] > 100
-    again = subprocess.run([VOICELAB, "cycle", "--corpus", corpus, "--run", f"reports/{run.name}"], cwd=ROOT, env=dict(os.environ, VOICELAB_HOME=str(home)),
-                           capture_output=True, text=True, timeout=120)
-    assert again.stdout.count("done before") == 7, again.stdout + again.stderr      # a finished cycle is not run again
     return results
 
 
@@ -45,6 +42,9 @@ def test_cycle_on_the_default_corpus(tmp_path):
     results = check(run, out, tmp_path, "voicesearch")
     assert results["4_errors"]["metrics"]["wer"] < 0.13
     assert results["7_retrain"]["metrics"]
+    again = subprocess.run([VOICELAB, "cycle", "--corpus", "voicesearch", "--run", f"reports/{run.name}"], cwd=ROOT, env=dict(os.environ, VOICELAB_HOME=str(tmp_path)),
+                           capture_output=True, text=True, timeout=120)
+    assert again.stdout.count("done before") == 7, again.stdout + again.stderr      # a finished cycle is not run again
 
 
 @pytest.mark.timeout(1800)

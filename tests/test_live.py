@@ -8,9 +8,10 @@ import numpy as np
 import openai
 import pytest
 import soxr
+from conftest import chromium
 from websockets.sync.client import connect
 
-from voicelab.audio import read_audio, wav_bytes
+from voicelab.audio import read_audio, wav_bytes, write_wav
 from voicelab.evaluate import wer
 from voicelab.importers import import_corpus
 from voicelab.recognizer import load_recognizer
@@ -213,6 +214,24 @@ def test_bad_frames_do_not_end_the_server(url):
             ws.send(b)
             assert "error" in json.loads(ws.recv()), b
     assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+# ---- the page
+
+def test_words_appear_while_somebody_speaks(chromiums, url, tmp_path):
+    "On the page: words are on the page before the button is let go."
+    row = make_voicesearch(tmp_path / "clips", dict(test=1), seed=3).query("split == 'test'").iloc[0]
+    spoken = chromium(chromiums, write_wav(tmp_path / "spoken.wav", np.r_[np.zeros(8000), read_audio(row.audio_filepath), np.zeros(48000)].astype(np.float32)))
+    page = spoken.new_context(permissions=["microphone"]).new_page()
+    page.goto(url)
+    page.keyboard.down("Space")
+    page.wait_for_selector("#partial:not(:empty)", timeout=30_000)
+    assert page.get_attribute("body", "data-state") == "recording"
+    page.wait_for_timeout(round(1000 * row.duration))
+    page.keyboard.up("Space")
+    page.wait_for_selector("#transcript .w, #transcript em")
+    assert page.inner_text("#partial") == ""
+    spoken.close()
 
 
 # ---- recordings of people, through OpenAI's client

@@ -1,21 +1,18 @@
 """The voice-search page in a real Chromium, with a fake microphone that plays a clip."""
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import chromium
 
-from voicelab.audio import read_audio, write_wav
+from voicelab.audio import write_wav
 from voicelab.core import write_jsonl
 from voicelab.export import toy_tones
 from voicelab.requestlog import RequestLog
 from voicelab.server import server
-from voicelab.synth import make_voicesearch
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine: install it (apt-get install chromium) to test the page")
 SAID = "a bad cab"
 
 
@@ -32,18 +29,6 @@ def url(toy_home, tmp_path_factory):
 def microphone(tmp_path_factory):
     "A clip for the fake microphone: it begins to play when the page opens the microphone, and again when it is over."
     return write_wav(tmp_path_factory.mktemp("mic") / "clip.wav", np.r_[np.zeros(8000), toy_tones(SAID), np.zeros(16000 * 4)].astype(np.float32))
-
-
-def chromium(p, microphone):
-    "Chromium whose microphone plays a file."
-    return p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-                                                             f"--use-file-for-fake-audio-capture={microphone}"])
-
-
-@pytest.fixture(scope="module")
-def chromiums():
-    "Playwright, which starts browsers."
-    with playwright.sync_playwright() as p: yield p
 
 
 @pytest.fixture(scope="module")
@@ -140,23 +125,6 @@ def test_hands_free(page):
     assert len(clips) == 1 and clips[0] / 32000 < seconds + 2, clips
     page.uncheck("#handsfree")
     assert page.get_attribute("body", "data-state") == "idle"
-
-
-def test_words_appear_while_somebody_speaks(chromiums, base_home, tmp_path):
-    "With the real model: words are on the page before the button is let go."
-    row = make_voicesearch(tmp_path / "clips", dict(test=1), seed=3).query("split == 'test'").iloc[0]
-    spoken = chromium(chromiums, write_wav(tmp_path / "spoken.wav", np.r_[np.zeros(8000), read_audio(row.audio_filepath), np.zeros(48000)].astype(np.float32)))
-    with server(env=dict(VOICELAB_HOME=str(base_home))) as url:
-        page = spoken.new_context(permissions=["microphone"]).new_page()
-        page.goto(url)
-        page.keyboard.down("Space")
-        page.wait_for_selector("#partial:not(:empty)", timeout=30_000)
-        assert page.get_attribute("body", "data-state") == "recording"
-        page.wait_for_timeout(round(1000 * row.duration))
-        page.keyboard.up("Space")
-        page.wait_for_selector("#transcript .w, #transcript em")
-        assert page.inner_text("#partial") == ""
-    spoken.close()
 
 
 def test_silence_is_not_sent(chromiums, url, tmp_path):

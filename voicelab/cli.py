@@ -331,7 +331,7 @@ def make_parser() -> argparse.ArgumentParser:
     def o(*names, **kw): return names, kw
     param = o("-p", "--parameter", action="append", metavar="NAME=VALUE", help="a parameter; may be repeated")
     model = o("--model", default="champion", help="alias, version, name@version or folder (default: champion)")
-    precision = o("--precision", default="float32", choices=["float32", "int8"])
+    precision = o("--precision", choices=["float32", "int8"], help="float32 where the model has it, by default")
     lm = o("--lm", help="file of another language model, as `voicelab lm` writes it; none: no language model")
     shared = o("--shared-speakers", action="store_true", help="the corpus shares speakers between splits by design")
     who = (o("--name", help="of the model; default: setting MODEL"), o("--actor", default=os.environ.get("USER", "cli")))

@@ -7,8 +7,9 @@ __all__ = ['PHASES', 'MEASURED', 'phase_notebook', 'defaults', 'check_parameters
            'cycle', 'scorecard']
 
 # %% ../nbs/50_pipeline.ipynb #1193e533
-import ast, contextlib, logging, sys, threading, time, warnings
+import ast, contextlib, logging, os, sys, threading, time, warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -76,8 +77,12 @@ def to_html(
     exporter.mermaid_js_url = ""
     return write_text(Path(notebook).with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
+_TRAINS = ("0_base", "3_train", "7_retrain")
+_KEEP_PAGES = dict(MALLOC_MMAP_THRESHOLD_="2000000000", MALLOC_TRIM_THRESHOLD_="8000000000")  # glibc: the tensors of a step stay for the next one
+
 def _execute(notebook, report, params):
-    with warnings.catch_warnings():
+    more = {k: v for k, v in _KEEP_PAGES.items() if notebook.stem in _TRAINS and k not in os.environ}
+    with warnings.catch_warnings(), patch.dict(os.environ, more):
         warnings.simplefilter("ignore")
         import papermill as pm
         logging.getLogger("papermill").setLevel(logging.ERROR)

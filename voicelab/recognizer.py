@@ -28,12 +28,13 @@ class Recognizer:
     "A bundle, ready to transcribe. Calls from several threads are safe."
     def __init__(self,
         bundle_dir,  # folder of a bundle or of a registered version
-        precision: str = "float32",  # "float32" or "int8"
+        precision: str = None,  # "float32" or "int8"; None: float32, or int8 where the bundle has nothing else
         threads: int = 1,  # CPU threads of one inference
         label: str = None,  # name to answer under; by default name@version of a registered version, else the folder's name
         lm: str = None,  # file of another language model than the bundle's; "none": none
     ):
         self.path = Path(bundle_dir)
+        if precision is None: precision = next((p for p, file in MODELS.items() if (self.path/file).is_file()), "float32")
         if precision not in MODELS: raise InputError(f"precision {precision!r}; allowed are {', '.join(MODELS)}")
         if threads < 1: raise InputError(f"threads is {threads}; it must be 1 or more")
         if not (self.path/MODELS[precision]).is_file(): raise InputError(f"{self.path} has no {MODELS[precision]}: it is no bundle; give the folder of an exported or registered model")
@@ -116,7 +117,7 @@ def transcribe(self: Recognizer,
 # %% ../nbs/31_recognizer.ipynb #3dcea1cc
 def load_recognizer(
     spec="champion",  # folder | name | name@version | name@alias | version | alias
-    precision: str = "float32",  # "float32" or "int8"
+    precision: str = None,  # "float32" or "int8"; None: float32, or int8 where the bundle has nothing else
     threads: int = 1,  # CPU threads of one inference
     registry=None,  # a `Registry`; by default that of the working state
     lm: str = None,  # as `Recognizer` takes it
