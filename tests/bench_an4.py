@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from voicelab.core import InputError, git_commit, home, read_json, setting, utc_now, write_json
-from voicelab.decode import decode, load_fusion
+from voicelab.audio import read_audio
+from voicelab.core import git_commit, home, read_json, setting, utc_now, write_json
+from voicelab.decode import decode
 from voicelab.evaluate import evaluate, summary, wer
 from voicelab.export import export_bundle
 from voicelab.importers import import_corpus
-from voicelab.audio import read_audio
 from voicelab.model import load_model
 from voicelab.recognizer import Recognizer
 from voicelab.train import TrainConfig, train
@@ -71,8 +71,8 @@ def run_seed(a):
 
 def summarise():
     seeds = [read_json(p) for p in sorted(OUT.glob("seed-*.json"))]
-    if not seeds: raise InputError(f"{OUT} holds no seed-N.json; run --seed N --test first")
-    if len({json.dumps(s["recipe"]) for s in seeds}) > 1: raise InputError("the seeds were trained by different recipes")
+    if not seeds: raise SystemExit(f"{OUT} holds no seed-N.json; run --seed N --test first")
+    if len({json.dumps(s["recipe"]) for s in seeds}) > 1: raise SystemExit("the seeds were trained by different recipes")
     for name in ("test_wer", "test_int8_wer", "test_greedy_wer", "dev_wer"):
         w = [100 * s[name]["wer"] for s in seeds]
         print(f"{name}: mean {np.mean(w):.2f} % over {len(w)} seeds ({min(w):.2f} to {max(w):.2f}), errors {[s[name]['errors'] for s in seeds]} of {seeds[0][name]['words']}")

@@ -45,7 +45,7 @@ class TrainConfig:
     check_every: int = 5  # epochs between two looks at dev
     seed: int = 0
     workers: int = 2  # processes that prepare batches
-    precision: str = "auto"  # bf16-mixed where the processor or GPU computes in bfloat16, else 32-true; or Lightning's name
+    precision: str = "auto"  # 32-true, bf16-mixed, or auto: bf16-mixed where the processor or GPU computes in bfloat16
 
     def __post_init__(self):
         for f in fields(self):
@@ -55,12 +55,13 @@ class TrainConfig:
             elif not isinstance(v, want) or (want is int and isinstance(v, bool)): raise InputError(f"{f.name} is {v!r}; it must be {want.__name__}")
         for name in ("epochs", "batch_seconds", "lr", "average", "check_every"):
             if not getattr(self, name) > 0: raise InputError(f"{name} is {getattr(self, name)!r}; it must be above 0")
+        if self.precision not in ("auto", "32-true", "bf16-mixed"): raise InputError(f"precision is {self.precision!r}; allowed are auto, 32-true and bf16-mixed")
 
 QUICK = dict(epochs=4, lr=3e-4, masks=0.5, average=2, check_every=4, warmup=0.2)  # fine-tune the base model
 
 # %% ../nbs/26_train.ipynb #eb7a033f
 def fastest(
-    precision: str,  # "auto" or Lightning's name
+    precision: str,  # of a `TrainConfig`
 ) -> str:            # Lightning's name
     "What `auto` means on this machine."
     if precision != "auto": return precision
