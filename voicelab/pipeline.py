@@ -86,7 +86,7 @@ def _execute(notebook, report, params):
         warnings.simplefilter("ignore")
         import papermill as pm
         logging.getLogger("papermill").setLevel(logging.ERROR)
-        pm.execute_notebook(str(notebook), str(report), parameters=params, kernel_name="python3", cwd=str(repo_root()), progress_bar=False, extra_arguments=["--log-level=40"])
+        pm.execute_notebook(str(notebook), str(report), parameters=params, kernel_name="python3", cwd=str(repo_root()), progress_bar=False, extra_arguments=["--log-level=50"])
 
 def run_phase(
     name: str,  # of the phase
