@@ -8,8 +8,10 @@ export PYTHONUNBUFFERED = 1
 export RAY_USAGE_STATS_ENABLED = 0
 # numpy's small products need no threads of their own beside torch's and the loader's
 export OPENBLAS_NUM_THREADS = 1
+# glibc gives the pages of a training step back and asks for them again, unless told to keep them
+LEARNING = MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 base clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train base clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -40,7 +42,7 @@ test: setup ## everything that CI runs: repository rules, notebooks, rooms, and 
 base: setup ## make the base model again (hours): voicelab/base
 	$(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality bench-live bench-keywords ## all benchmarks
+bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train ## all benchmarks but bench-an4
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
@@ -55,7 +57,16 @@ bench-keywords: setup ## names that no training heard, given as keywords among 1
 	$(BIN)/python tests/bench_keywords.py
 
 bench-an4: setup ## from scratch on AN4 alone, and its test set once, into reports/benchmarks/an4: make bench-an4 SEED=0
-	$(BIN)/python tests/bench_an4.py --seed $(SEED) --test
+	$(LEARNING) $(BIN)/python tests/bench_an4.py --seed $(SEED) --test
+
+bench-speed: setup ## recognition on one core, against sherpa-onnx and pocketsphinx, into reports/benchmarks/speed.json
+	$(BIN)/python tests/bench_speed.py
+
+bench-words: setup ## word times and confidence, into reports/benchmarks/words.json
+	$(BIN)/python tests/bench_words.py
+
+bench-train: setup ## the training step against a bare loop, into reports/benchmarks/train.json
+	$(LEARNING) $(BIN)/python tests/bench_train.py
 
 lock: ## pin everything again, from requirements.in
 	$(BIN)/uv pip compile -q requirements.in --excludes requirements-without.in -o requirements.lock --python-version 3.11

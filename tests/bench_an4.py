@@ -7,6 +7,7 @@
 """
 import argparse, ast, itertools, json, os, platform, shutil, sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from voicelab.recognizer import Recognizer
 from voicelab.train import TrainConfig, train
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "an4"
-RECIPE = dict(epochs=45, batch_seconds=40, lr=1e-3, warmup=0.1, average=8, masks=0.5, check_every=5, workers=1, noise_only=0.0,
+RECIPE = dict(epochs=45, batch_seconds=20, lr=1e-3, warmup=0.05, plain=4, stride=4, average=8, masks=0.5, check_every=3, workers=1, noise_only=0.0,
               augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1))
 
 
@@ -43,7 +44,7 @@ def run_seed(a):
     change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     table = import_corpus("an4")
     cfg = TrainConfig(**{**RECIPE, "seed": a.seed, **change})
-    run = home("runs", f"bench-an4-{'-'.join([git_commit(), str(a.seed), *(s.replace('/', '') for s in a.set)])}")
+    run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{git_commit()}")
     metrics = train(table[table.split.isin(["train", "dev"])], run, cfg)
     curve = pd.read_csv(run / "curve.csv")
     good = curve.index[curve.dev_wer < 5]

@@ -56,7 +56,7 @@ def test_backup_under_load_restores_and_serves(toy_home, tmp_path, monkeypatch, 
     assert before <= set(rows.index) and all(Path(p).read_bytes() == CLIP for p in rows.audio_path)
     with server(env=dict(VOICELAB_HOME=str(new))) as url:
         assert ask(url).json()["text"] == SAID
-        assert httpx.delete(f"{url}/v1/subjects/bea").json()["rows"] == 1            # the key of the pseudonyms came along
+        assert httpx.delete(f"{url}/v1/subjects/bea", timeout=60).json()["rows"] == 1            # the key of the pseudonyms came along
     code, again, err = voicelab("restore", file, "--force", "--json", home=new)
     assert (code, again["erased"], again["requests"]) == (0, 1, back["requests"] - 1), err
 

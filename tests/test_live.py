@@ -140,7 +140,7 @@ def test_consent_decides_what_is_kept_of_live_speech(url, clips, base_home, monk
     kept = realtime(url, clips[0][1], turns=False, consent="transcript,audio", region="NO")[-1].to_dict()["voicelab"]
     row = RequestLog().rows().set_index("request_id").loc[kept["request_id"]]
     assert (kept["logged"], row.region, row.text != "") == ("audio", "NO", True)
-    assert httpx.delete(f"{url}/v1/subjects/{kept['receipt']}").json()["rows"] == 1
+    assert httpx.delete(f"{url}/v1/subjects/{kept['receipt']}", timeout=60).json()["rows"] == 1
     assert len(RequestLog().rows()) == before
 
 
@@ -158,8 +158,8 @@ def test_many_streams_one_vanishes(url, clips):
     assert sorted(texts) == list(range(8))
     assert wer([posted(url, clips[i][1]) for i in range(8)], [texts[i] for i in range(8)]) < .15
     end = time.time() + 30
-    while "voicelab_streams 0.0" not in httpx.get(f"{url}/metrics").text and time.time() < end: time.sleep(.5)
-    assert "voicelab_streams 0.0" in httpx.get(f"{url}/metrics").text
+    while "voicelab_streams 0.0" not in httpx.get(f"{url}/metrics", timeout=60).text and time.time() < end: time.sleep(.5)
+    assert "voicelab_streams 0.0" in httpx.get(f"{url}/metrics", timeout=60).text
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_bad_frames_do_not_end_the_server(url):
         with connect(url.replace("http", "ws") + "/vosk") as ws:
             ws.send(b)
             assert "error" in json.loads(ws.recv()), b
-    assert httpx.get(f"{url}/readyz").status_code == 200
+    assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
 
 
 # ---- the page

@@ -193,14 +193,13 @@ def test_still_well(url):
 def test_a_client_that_vanishes_is_no_failure_of_the_server(url):
     "Half a request and a closed connection: counted as the client's doing, and the next is served."
     host = url.removeprefix("http://")
-    count = lambda status: sum(float(n) for n in re.findall(rf'^voicelab_requests_total{{.*status="{status}".*}} (\S+)$', httpx.get(f"{url}/metrics").text, re.M))
-    gone, failed, end = count(499), count(500), time.time() + 30
-    for _ in range(3):
+    count = lambda status: sum(float(n) for n in re.findall(rf'^voicelab_requests_total{{.*status="{status}".*}} (\S+)$', httpx.get(f"{url}/metrics", timeout=60).text, re.M))
+    gone, failed, end = count(499), count(500), time.time() + 60
+    while time.time() < end and count(499) < gone + 3:  # one that vanishes before Ray's proxy has passed it on is seen by nobody: more come until three were seen
         with socket.create_connection(host.split(":")) as s:
             s.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n".encode())
             time.sleep(.3)
-    while time.time() < end and count(499) < gone + 3: time.sleep(.2)
-    assert (count(499), count(500)) == (gone + 3, failed)
+    assert count(499) >= gone + 3 and count(500) == failed
     assert say(url).json()["text"] == SAID
 
 
@@ -214,7 +213,7 @@ def test_overload(url):
         if r.status_code == 503: assert int(r.headers["retry-after"]) >= 1 and r.json()["error"]["code"] == "overloaded"
         else: assert r.json()["text"].startswith(SAID)
     assert say(url).status_code == 200
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     assert f'voicelab_rejects_total{{reason="overloaded"}} {codes[503]}.0' in text and "voicelab_requests_inside 0.0" in text
 
 
@@ -222,14 +221,14 @@ def test_overload(url):
 
 def test_pages_and_metrics(url):
     for path in ("/", "/docs", "/ops", "/app.js", "/recorder.js", "/style.css", "/icon.svg"):
-        r = httpx.get(url + path)
+        r = httpx.get(url + path, timeout=60)
         assert r.status_code == 200 and "script-src 'self'" in r.headers["content-security-policy"] and r.headers["x-content-type-options"] == "nosniff"
         assert not re.search(r"(src|href)=\"(https?:)?//", r.text), f"{path} loads something from elsewhere"
-    routes = httpx.get(f"{url}/openapi.json").json()["paths"]
+    routes = httpx.get(f"{url}/openapi.json", timeout=60).json()["paths"]
     assert {"/v1/audio/transcriptions", "/v1/search", "/v1/feedback", "/v1/subjects/{subject}", "/v1/models", "/healthz", "/readyz", "/metrics"} <= set(routes)
     say(url)
-    assert 'voicelab_requests_total{endpoint="/v1/audio/transcriptions",status="200"}' in httpx.get(f"{url}/metrics").text
-    assert httpx.get(f"{url}/healthz").json()["status"] == "ok" and httpx.get(f"{url}/readyz").json()["model"] == "voicesearch@1"
+    assert 'voicelab_requests_total{endpoint="/v1/audio/transcriptions",status="200"}' in httpx.get(f"{url}/metrics", timeout=60).text
+    assert httpx.get(f"{url}/healthz", timeout=60).json()["status"] == "ok" and httpx.get(f"{url}/readyz", timeout=60).json()["model"] == "voicesearch@1"
 
 
 def test_ray_stays_on_loopback(url):
@@ -301,7 +300,7 @@ def test_person_can_judge_and_take_back(url, toy_home, monkeypatch):
     told = httpx.post(f"{url}/v1/feedback", json=dict(request_id=rid, correct=False, correction="a bad cab ahead"))
     assert told.json()["logged"] == "transcript" == told.headers["x-voicelab-logged"]
     assert log.rows().set_index("request_id").correction[rid] == "a bad cab ahead"
-    assert httpx.delete(f"{url}/v1/subjects/{receipt}").json() == dict(deleted=True, rows=1, audio=1, tasks=0, labels=0, models=[], datasets=0)
+    assert httpx.delete(f"{url}/v1/subjects/{receipt}", timeout=60).json() == dict(deleted=True, rows=1, audio=1, tasks=0, labels=0, models=[], datasets=0)
     assert rid not in set(log.rows().request_id) and not Path(row.audio_path).exists() and holds(toy_home, b"a bad cab ahead") == []
     assert httpx.post(f"{url}/v1/feedback", json=dict(request_id=rid, correct=True)).json()["logged"] == "none"
 
@@ -320,7 +319,7 @@ def test_locked_log_does_not_fail_requests(url, toy_home, monkeypatch):
     try: r = say(url, headers={"x-voicelab-consent": "transcript"})
     finally: db.execute("ROLLBACK"); db.close()
     assert (r.status_code, r.json()["text"], r.headers["x-voicelab-logged"]) == (200, SAID, "none")
-    assert "voicelab_log_failures_total 1.0" in httpx.get(f"{url}/metrics").text
+    assert "voicelab_log_failures_total 1.0" in httpx.get(f"{url}/metrics", timeout=60).text
     assert say(url, headers={"x-voicelab-consent": "transcript"}).headers["x-voicelab-logged"] == "transcript"
 
 
@@ -343,8 +342,8 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
         for w in workers: w.start()
         def until(model, seconds=90):
             end = time.time() + seconds
-            while time.time() < end and httpx.get(f"{url}/readyz").json()["model"] != model: time.sleep(.2)
-            assert httpx.get(f"{url}/readyz").json()["model"] == model
+            while time.time() < end and httpx.get(f"{url}/readyz", timeout=60).json()["model"] != model: time.sleep(.2)
+            assert httpx.get(f"{url}/readyz", timeout=60).json()["model"] == model
         second = registry.register("voicesearch", registry.get("voicesearch", 1))
         registry.promote("voicesearch", second, "tests", "swap")
         until("voicesearch@2")
@@ -354,9 +353,9 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
         onnx.write_bytes(onnx.read_bytes()[:-100])
         with closing(sqlite3.connect(home / "registry" / "registry.sqlite")) as db, db:     # the registry itself would refuse: damaged after the move, then
             db.execute("UPDATE aliases SET version = ? WHERE alias = 'champion'", (third,))
-        end = time.time() + 20
-        while time.time() < end and not httpx.get(f"{url}/readyz").json()["problem"]: time.sleep(.2)
-        assert httpx.get(f"{url}/readyz").json() == dict(status="ready", model="voicesearch@2", problem=True)
+        end = time.time() + 90
+        while time.time() < end and not httpx.get(f"{url}/readyz", timeout=60).json()["problem"]: time.sleep(.2)
+        assert httpx.get(f"{url}/readyz", timeout=60).json() == dict(status="ready", model="voicesearch@2", problem=True)
         registry.rollback("voicesearch", "tests", "back")
         until("voicesearch@1")
         done.set()
@@ -374,7 +373,8 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
                 elif r.status_code >= 500: return
         workers = [threading.Thread(target=until_dead) for _ in range(3)]
         for w in workers: w.start()
-        time.sleep(1.5)
+        end = time.time() + 60
+        while time.time() < end and len(more) < 6: time.sleep(.05)
         mine = [int(p.name) for p in Path("/proc").glob("[0-9]*") if is_of(p, home)]
         assert mine
         for pid in mine:
@@ -387,8 +387,9 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
     for rid in more[-5:]: assert Path(rows.audio_path[rid]).read_bytes() == CLIP and rows.text[rid] == SAID
     assert RequestLog().verify_audit()["broken_at"] is None
     with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_SEARCH_DOCS=str(docs))) as url: assert say(url).json()["text"] == SAID
-    time.sleep(1)
-    assert [p for p in Path("/proc").glob("[0-9]*") if is_of(p, home)] == []       # and nothing of it stays
+    end = time.time() + 30
+    while time.time() < end and (left := [p for p in Path("/proc").glob("[0-9]*") if is_of(p, home)]): time.sleep(.2)
+    assert left == []       # and nothing of it stays
 
 
 def is_of(proc: Path, home) -> bool:

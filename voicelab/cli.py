@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_list', 'cmd_data_diff',
-           'cmd_train', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add', 'cmd_keys_list',
-           'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show', 'cmd_models_promote', 'cmd_models_rollback',
-           'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup',
-           'cmd_restore', 'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain',
-           'make_parser', 'main']
+           'cmd_train', 'cmd_runs_list', 'cmd_runs_compare', 'cmd_sweep', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe',
+           'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show',
+           'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase',
+           'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup', 'cmd_restore', 'cmd_monitor', 'cmd_labels_next',
+           'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
@@ -118,6 +118,52 @@ def cmd_train(a):
     cfg = TrainConfig(**{k: _typed(k, v, getattr(default, k)) for k, v in given.items()})
     _print(train(_manifest(a.manifest), a.out, cfg, init=a.init), a.json)
 
+def cmd_runs_list(a):
+    "the trainings so far: rates, size, time"
+    from voicelab.train import list_runs
+    _print(list_runs(), a.json)
+
+def _any_model(name, lm):
+    "The recogniser of a run (its name or folder), a bundle or a registered version, and what to call it."
+    from voicelab.core import home
+    from voicelab.decode import Fusion
+    from voicelab.evaluate import TorchRecognizer
+    from voicelab.recognizer import load_recognizer
+    run = next((p for p in (Path(name), home("runs")/name) if (p/"model.pt").is_file()), None)
+    if run is None: return load_recognizer(name, lm=lm), name
+    if lm not in (None, "none"):
+        from voicelab.lm import load_lm
+        return TorchRecognizer(run, Fusion(load_lm(lm))), run.name
+    model = TorchRecognizer(run)
+    if lm == "none": model.fusion = None
+    return model, run.name
+
+def cmd_runs_compare(a):
+    "two runs, bundles or versions on the same clips: is the second better, and where do they differ?"
+    from voicelab.errors import alignment_text, difference, difference_html, in_words
+    from voicelab.evaluate import evaluate
+    table = _split_of(a)
+    (one, first), (two, second) = (_any_model(n, a.lm) for n in (a.a, a.b))
+    found, other = difference(evaluate(table, one), evaluate(table, two))
+    if a.html:
+        from voicelab.core import write_text
+        page = difference_html(other, first, second, len(other), players=True)
+        write_text(a.html, f"<!doctype html><meta charset='utf-8'><title>{first} and {second}</title><style>body{{font:15px sans-serif;margin:2em}} td,th{{padding:.3em .8em;text-align:left}}</style>"
+                           f"<h1>{second} against {first}</h1><p>{in_words(found, first, second)}. {len(other)} clips differ.</p>{page}")
+    if a.json: return _print(dict(a=first, b=second, **found, differ=other[["audio_filepath", "text", "hyp", "hyp_b", "errors", "errors_b"]].to_dict("records")), True)
+    print(in_words(found, first, second))
+    for r in other.head(10).to_dict("records"): print(f"\n{r['audio_filepath']}: {r['errors']} -> {r['errors_b']} errors\n{alignment_text(r['text'], r['hyp'])}\n{alignment_text(r['text'], r['hyp_b']).splitlines()[1].replace('HYP', 'NOW', 1)}")
+    if len(other) > 10: print(f"\nand {len(other) - 10} clips more; --html FILE has all of them, to read and to listen to")
+
+def cmd_sweep(a):
+    "many trainings with other settings; the ranked table is written to OUT/sweep.csv"
+    from voicelab.sweep import parse_space, sweep
+    from voicelab.train import TrainConfig
+    space = parse_space(a.parameter or [])
+    if not space: raise InputError("nothing to try: give -p name=a,b,c or -p name=low..high at least once")
+    fixed = {k: v[1][0] for k, v in space.items() if v[0] == "list" and len(v[1]) == 1}
+    _print(sweep(_manifest(a.manifest), a.out, {k: v for k, v in space.items() if k not in fixed}, TrainConfig(**fixed), a.trials, a.init, not a.all), a.json)
+
 def cmd_lm(a):
     "count a language model from text files, a text a line"
     from voicelab.lm import load_lm, save_lm, train_lm
@@ -128,14 +174,18 @@ def cmd_lm(a):
     lm = train_lm([l for l in lines if l], before.order if before else a.order, add_to=before, weight=a.weight)
     print(f"{save_lm(lm, a.out)}: order {lm.order}, {sum(len(c) for c, _ in lm.tables)} rows of units from {len(lines)} lines")
 
+def _split_of(a):
+    "The rows of a command's manifest and split."
+    table = _manifest(a.manifest)
+    if a.split: table = table[table.split == a.split]
+    if not len(table): raise InputError(f"{a.manifest} has no rows" + (f" of split {a.split!r}" if a.split else ""))
+    return table.reset_index(drop=True)
+
 def cmd_evaluate(a):
     "corpus WER and CER with intervals and slices"
     from voicelab.evaluate import evaluate, summary
     from voicelab.recognizer import load_recognizer
-    table = _manifest(a.manifest)
-    if a.split: table = table[table.split == a.split]
-    if not len(table): raise InputError(f"{a.manifest} has no rows" + (f" of split {a.split!r}" if a.split else ""))
-    table = evaluate(table.reset_index(drop=True), load_recognizer(a.model, a.precision, setting("THREADS"), lm=a.lm))
+    table = evaluate(_split_of(a), load_recognizer(a.model, a.precision, setting("THREADS"), lm=a.lm))
     tags = [t for t in a.by if t in table]
     _print(dict(overall=summary(table), **{t: summary(table, by=t) for t in tags}) if a.json else summary(table), a.json)
     if not a.json:
@@ -342,8 +392,11 @@ def make_parser() -> argparse.ArgumentParser:
     command("data list", cmd_data_list)
     command("data diff", cmd_data_diff, o("old", help="a dataset version"), o("new", help="another one"))
     command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), param)
+    command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), param)
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
     command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=["slice", "noise", "accent", "age"], help="tag to cut along"))
+    command("runs list", cmd_runs_list)
+    command("runs compare", cmd_runs_compare, o("a", help="folder or name of a run, folder of a bundle, version or alias"), o("b", help="another one"), o("manifest"), o("--split"), lm, o("--html", help="file to write: all clips that differ, with players"))
     command("transcribe", cmd_transcribe, o("files", nargs="+", metavar="FILE"), model, precision, lm, o("--keywords", nargs="*", help="words to listen for"))
     command("serve", cmd_serve, o("--host"), o("--port", type=int), model, o("--tls-cert", help="certificate file, for HTTPS"), o("--tls-key", help="its private key"), json=False)
     command("keys add", cmd_keys_add, o("name", help="of the app or person"), o("--scope", default="app", help="app: speech; admin: the operator's pages too"), o("--rate", type=int, default=600, help="requests a minute"), json=False)

@@ -241,5 +241,5 @@ class TorchRecognizer:
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)
             with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
-            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = decode(row[:n], len(clips[i]) / 16000, fusion=self.fusion)
+            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = decode(row[:n], len(clips[i]) / 16000, fusion=self.fusion, frame=self.model.cfg.stride / 100)
         return out

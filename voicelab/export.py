@@ -16,7 +16,7 @@ import pandas as pd
 
 from .audio import read_audio, toy_speech
 from .core import InputError, sha256_file, write_json, write_text
-from .decode import FRAME, Fusion, decode, load_fusion
+from .decode import Fusion, decode, load_fusion
 from .evaluate import error_table, paired_bootstrap
 from .features import FEATURES, fbank
 from .text import BLANK, TOKENS, tokens_txt
@@ -25,7 +25,7 @@ from .text import BLANK, TOKENS, tokens_txt
 _LETTERS = ["▁" + c for c in "abcdefgh"] + list("abcdefgh")  # what a toy model can write
 _BANDS = [12 + 4*i for i in range(16)]  # the mel band of each
 
-def _config(meta): return dict(features=asdict(FEATURES), decoder=dict(kind="ctc", blank=BLANK, stride=round(100*FRAME), frame_seconds=FRAME), units=len(TOKENS), **(meta or {}))
+def _config(meta, stride): return dict(features=asdict(FEATURES), decoder=dict(kind="ctc", blank=BLANK, stride=stride, frame_seconds=stride/100), units=len(TOKENS), **(meta or {}))
 
 def toy_tones(
     text: str,  # words of the letters a-h
@@ -54,7 +54,7 @@ def toy_bundle(
     ids = [TOKENS.index(u) for u in _LETTERS]
     weight[_BANDS, ids] = 1
     bias[ids], bias[BLANK] = 0, 2           # the blank wins unless a band is louder than e²
-    stride = round(100*FRAME)
+    stride = 3
     const = dict(w=weight, b=bias, start=[0], end=[2**31], axis=[1], step=[stride], more=[stride - 1])
     graph = h.make_graph([h.make_node("Slice", ["x", "start", "end", "axis", "step"], ["s"]), h.make_node("MatMul", ["s", "w"], ["m"]),
         h.make_node("Add", ["m", "b"], ["a"]), h.make_node("LogSoftmax", ["a"], ["log_probs"], axis=-1),
@@ -65,7 +65,7 @@ def toy_bundle(
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
     for name in ("model.onnx", "model.int8.onnx"): onnx.save(model, out/name)
     write_text(out/"tokens.txt", tokens_txt())
-    write_json(out/"config.json", _config(dict(name="toy")))
+    write_json(out/"config.json", _config(dict(name="toy"), stride))
     return out
 
 # %% ../nbs/28_export.ipynb #8e36a40d
@@ -99,7 +99,7 @@ def to_onnx(
         torch.onnx.export(model, (torch.randn(2, 123, FEATURES.n_mels), torch.tensor([123, 90])), str(path), input_names=["x", "x_lens"],
                           output_names=["log_probs", "log_probs_len"], dynamic_axes=dynamic, opset_version=17, dynamo=False)
     proto = onnx.load(path)
-    onnx.helper.set_model_props(proto, {k: str(v) for k, v in dict(producer="voicelab", subsampling_factor=round(100*FRAME), vocab_size=len(TOKENS), **(meta or {})).items()})
+    onnx.helper.set_model_props(proto, {k: str(v) for k, v in dict(producer="voicelab", subsampling_factor=model.cfg.stride, vocab_size=len(TOKENS), **(meta or {})).items()})
     onnx.save(proto, path)
     return Path(path)
 
@@ -137,7 +137,7 @@ def export_bundle(
     out.mkdir(parents=True, exist_ok=True)
     quantize(to_onnx(model, out/"model.onnx"), out/"model.int8.onnx")
     write_text(out/"tokens.txt", tokens_txt())
-    config, fusion = _config(dict(model=asdict(model.cfg)) | (meta or {})), None
+    config, fusion = _config(dict(model=asdict(model.cfg)) | (meta or {}), model.cfg.stride), None
     if lm is not None and Path(lm).is_file():
         shutil.copyfile(lm, out/"lm.npz")
         fusion = load_fusion(out)

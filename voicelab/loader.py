@@ -16,7 +16,7 @@ from .audio import SAMPLE_RATE, read_audio
 from .augment import Augment, spec_augment
 from .core import InputError, progress
 from .features import fbank
-from .model import STRIDE, out_lengths
+from .model import out_lengths
 from .noise import colored_noise
 from .text import encode, min_frames
 
@@ -41,38 +41,44 @@ class ClipStore:
 # %% ../nbs/22_loader.ipynb #03f50bda
 def silent_frames(
     samples: int,  # silence at 16 kHz
+    stride: int = 3,  # of the model
 ) -> int:
-    "Output frames of 30 ms that lie in so much silence, 60 ms from its end."
-    return max(samples // (STRIDE * SAMPLE_RATE // 100) - 2, 0)
+    "Output frames that lie in so much silence, two frames from its end."
+    return max(samples // (stride * SAMPLE_RATE // 100) - 2, 0)
 
 class Clips(Dataset):
-    "Features and units of a manifest's clips, indexed by `(epoch, index)`."
+    "Features and units of a manifest's clips, indexed by `(epoch, index)` or `(epoch, index, view)`."
     def __init__(self,
         table,  # manifest with audio_filepath, duration (s), text
         augment: Augment = None,  # waveform policy; None for evaluation
         masks: float = 0.0,  # strength of SpecAugment
         noise_only: float = 0.0,  # share of items replaced by noise with an empty text
         seed: int = 0,  # seed of everything random
+        stride: int = 3,  # of the model: input frames of one output frame
+        plain: int = 0,  # first epochs that hear the clips as they are
     ):
+        self.stride, self.plain = stride, plain
         self.durations = table.duration.to_numpy(float)
         self.ids = [encode(t) for t in table.text]
         short = [f"{p} ({d:.2f} s for {t!r})" for p, d, t, i in zip(table.audio_filepath, self.durations, table.text, self.ids)
-                 if out_lengths(round(d * 100)) < min_frames(i)]
-        if short: raise InputError(f"{len(short)} clips are too short for their text (a unit takes at least 30 ms): {', '.join(short[:5])}")
+                 if out_lengths(round(d * 100), stride) < min_frames(i)]
+        if short: raise InputError(f"{len(short)} clips are too short for their text (a unit takes at least {10 * stride} ms): {', '.join(short[:5])}")
         self.store, self.augment, self.masks, self.noise_only, self.seed = ClipStore(table.audio_filepath), augment, masks, noise_only, seed
 
     def __len__(self): return len(self.ids)
 
     def __getitem__(self, item):
         "Features (T, 80), unit ids, index, and silent output frames before and after, of one clip in one epoch."
-        epoch, i = item
+        epoch, i, view = (*item, 0)[:3]
+        if epoch < self.plain: return fbank(self.store[i]), self.ids[i], i, (0, 0)
         rng, x, ids, silent = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
         if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
         elif self.augment:
             x, *silent = self.augment.padded(x, rng, self.store)
-            silent = tuple(map(silent_frames, silent))
+            silent = tuple(silent_frames(n, self.stride) for n in silent)
         feats = fbank(x)
-        if out_lengths(len(feats)) - sum(silent) < min_frames(ids): feats, silent = fbank(self.store[i]), (0, 0)  # sped up too much for its text
+        if out_lengths(len(feats), self.stride) - sum(silent) < min_frames(ids): feats, silent = fbank(self.store[i]), (0, 0)  # sped up too much for its text
+        if view: rng = np.random.default_rng((self.seed, epoch, i, view))
         return (spec_augment(feats, rng, strength=self.masks) if self.masks else feats), ids, i, silent
 
 # %% ../nbs/22_loader.ipynb #ec565911
@@ -84,7 +90,10 @@ class Buckets(Sampler):
         shuffle: bool = True,  # new order every epoch
         seed: int = 0,
         short_first: bool = False,  # epoch 0 goes from short to long
+        views: int = 1,  # of each clip in a batch: first all clips, then all again
+        plain: int = 0,  # first epochs, with one view
     ):
+        self.views, self.plain = views, plain
         self.durations, self.batch_seconds, self.shuffle, self.seed, self.short_first, self.epoch = np.asarray(durations, float), batch_seconds, shuffle, seed, short_first, 0
         self.sizes = []
         for d in np.sort(self.durations):
@@ -101,7 +110,10 @@ class Buckets(Sampler):
         out = [part.tolist() for part in np.split(order, np.cumsum(self.sizes)[:-1])]
         return [out[j] for j in rng.permutation(len(out))] if self.shuffle and not (self.short_first and self.epoch == 0) else out
 
-    def __iter__(self): return iter([[(self.epoch, i) for i in b] for b in self.batches()])
+    def __iter__(self):
+        more = range(1, self.views if self.epoch >= self.plain else 1)
+        return iter([[(self.epoch, i) for i in b] + [(self.epoch, i, v) for v in more for i in b] for b in self.batches()])
+
     def __len__(self): return len(self.sizes)
 
 # %% ../nbs/22_loader.ipynb #2faf9aaf
@@ -122,7 +134,8 @@ def loader(
     shuffle: bool = True,
     workers: int = 0,  # processes that prepare batches; 0: in this one
     short_first: bool = False,  # the first epoch goes from short to long
+    views: int = 1,  # of each clip in a batch
 ) -> DataLoader:
     "Batches of `clips` for training (shuffled) or evaluation."
-    return DataLoader(clips, batch_sampler=Buckets(clips.durations, batch_seconds, shuffle, clips.seed, short_first), collate_fn=collate,
+    return DataLoader(clips, batch_sampler=Buckets(clips.durations, batch_seconds, shuffle, clips.seed, short_first, views, clips.plain), collate_fn=collate,
                       num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)

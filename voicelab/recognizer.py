@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .audio import SAMPLE_RATE, read_audio, toy_speech
 from .core import InputError, read_json, sha256_file
-from .decode import Fusion, Keywords, decode, load_fusion
+from .decode import FRAME, Confidence, Fusion, Keywords, decode, load_fusion
 from .features import FEATURES, fbank
 from .lm import load_lm
 from .registry import Registry, verify_bundle
@@ -44,6 +44,9 @@ class Recognizer:
         if self.config.get("features") != asdict(FEATURES): raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
         if not (self.path/"tokens.txt").is_file() or (self.path/"tokens.txt").read_text(encoding="utf-8") != tokens_txt(): raise InputError(f"{self.path}/tokens.txt has not the units of this version of voicelab; export the model again")
         own = self.config.get("decoder", {}).get("lm")
+        sure = self.config.get("decoder", {}).get("confidence")
+        self.frame = self.config.get("decoder", {}).get("frame_seconds", FRAME)
+        self.confidence = Confidence(**sure) if sure and lm is None else None      # it was fitted to the bundle's own search
         self.fusion = None if lm == "none" else Fusion(load_lm(lm), **(own or {})) if lm else load_fusion(self.path, own) if own else None
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
@@ -91,7 +94,7 @@ def log_probs(self: Recognizer,
     clips: list,  # of (n,) float32 samples at 16 kHz in ±1
     batch: int = 8,  # clips an inference at most
 ) -> list:  # of (S, V) float32; S = 0 for a clip that is too short or silent
-    "Log-probabilities of the units every 30 ms."
+    "Log-probabilities of the units, a row for each of the model's frames."
     _check(clips)
     out = [np.zeros((0, self.config["units"]), np.float32)]*len(clips)
     loud = [i for i, c in enumerate(clips) if len(c) >= _MIN_SAMPLES and np.abs(c).max() >= _MIN_PEAK]
@@ -111,7 +114,7 @@ def transcribe(self: Recognizer,
     "Texts with word times and confidence, in the order of the clips."
     if each is None: each = [dict(keywords=Keywords(keywords) if keywords else None, nbest=nbest)]*len(clips)
     if len(each) != len(clips): raise InputError(f"each has {len(each)} entries for {len(clips)} clips; it must have one a clip")
-    def one(lp, c, quick=False, **how): return decode(lp, len(c)/SAMPLE_RATE, fusion=replace(self.fusion, beam=_QUICK_BEAM) if quick and self.fusion else self.fusion, **how)
+    def one(lp, c, quick=False, **how): return decode(lp, len(c)/SAMPLE_RATE, fusion=replace(self.fusion, beam=_QUICK_BEAM) if quick and self.fusion else self.fusion, confidence=self.confidence, frame=self.frame, **how)
     return [one(lp, c, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
 
 # %% ../nbs/31_recognizer.ipynb #3dcea1cc

@@ -10,6 +10,7 @@ __all__ = ['GENTLE', 'PERTURBATIONS', 'split_people', 'successor', 'mix', 'train
 import json, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd
+from .confidence import calibrate
 from .core import InputError, home, read_json, sha256_file, utc_now, write_json
 from .decode import load_fusion
 from .evaluate import TorchRecognizer, counts, evaluate, paired_bootstrap, summary
@@ -109,6 +110,7 @@ def train_challenger(
     save_model(mixed, model, dict(parent=str(init), finetuned=str(out), language=read_json(Path(out)/"config.json").get("language"), share=share, tried=tried, dataset_version=version))
     if (Path(out)/"lm.npz").is_file(): shutil.copyfile(Path(out)/"lm.npz", mixed/"lm.npz")
     bundle = export_bundle(model, Path(out)/"bundle", dict(name=name, run=str(mixed), dataset_version=version), golden=golden, lm=mixed/"lm.npz")
+    calibrate(bundle, dev)                         # as sure as it is right, like the champion: a new scale of confidence would look like drift
     return bundle, metrics | dict(share=share, tried=tried, run=str(mixed))
 
 # %% ../nbs/42_retrain.ipynb #3f333338
