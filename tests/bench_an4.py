@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from voicelab.audio import read_audio
+from voicelab.confidence import calibrate
 from voicelab.core import git_commit, home, read_json, setting, utc_now, write_json
 from voicelab.decode import decode
 from voicelab.evaluate import evaluate, summary, wer
@@ -54,8 +55,9 @@ def run_seed(a):
     config = read_json(bundle / "config.json")
     config["decoder"]["lm"] |= lm
     write_json(bundle / "config.json", config)
+    sure = calibrate(bundle, dev, most=len(dev))
     result = dict(seed=a.seed, minutes=round(curve.seconds.sum() / 60, 1), minutes_to_5_percent_dev=round(curve.seconds[:good[0] + 1].sum() / 60, 1) if len(good) else None,
-                  parameters=metrics["parameters"], clips=metrics["clips"], recipe={**RECIPE, **change}, lm=lm, lm_tried_on_dev=tried)
+                  parameters=metrics["parameters"], clips=metrics["clips"], recipe={**RECIPE, **change}, lm=lm, lm_tried_on_dev=tried, confidence=sure["confidence"])
     for split in ["dev", "test"] if a.test else ["dev"]:
         rows = table[table.split == split].reset_index(drop=True)
         for name, recognizer in (("", Recognizer(bundle, threads=threads)), ("int8_", Recognizer(bundle, "int8", threads)), ("greedy_", Recognizer(bundle, threads=threads, lm="none"))):

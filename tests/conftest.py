@@ -3,10 +3,16 @@ import glob, os, shutil, subprocess, tempfile
 from pathlib import Path
 
 import pytest
+from websockets.sync import client
 
 from voicelab.core import free_port, package_path
 from voicelab.export import export_bundle, toy_bundle
 from voicelab.registry import Registry
+
+
+def connect(url, **more):
+    "A WebSocket, with time enough for a busy machine."
+    return client.connect(url, **{"open_timeout": 60, **more})
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 "What a notebook cell cannot test of bundles and the registry: a trained model in other runtimes, processes that race, crash or are cut off."
 import multiprocessing as mp
+import re
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,18 @@ def test_base_bundle_on_people(base, tmp_path):
     checks = check_bundle(bundle, model, df)
     assert checks.ok.all(), checks.to_string()
     assert wer(df.text, [x["text"] for x in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath])]) < .2
+
+
+def test_offline_example(base):
+    "On one core, without PyTorch, within 300 MB: what a small board has."
+    _, bundle, df = base
+    def example(*args): return subprocess.run([sys.executable, Path(__file__).parent.parent/"examples"/"offline.py", *args], capture_output=True, text=True)
+    done = example(bundle, *df.audio_filepath.head(4))
+    assert done.returncode == 0 and done.stdout.count("\n") == 4, done.stderr
+    assert "PyTorch not imported" in done.stderr and int(re.search(r"peak memory (\d+) MB", done.stderr)[1]) < 300, done.stderr
+    assert [l.split(": ", 1)[1].rsplit("  (", 1)[0] for l in done.stdout.splitlines()] == [r["text"] for r in Recognizer(bundle).transcribe([read_audio(p) for p in df.audio_filepath.head(4)])]
+    bad = example(bundle, "no.wav")
+    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
 
 
 def test_memory_stays_bounded(tmp_path):

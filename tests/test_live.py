@@ -8,8 +8,7 @@ import numpy as np
 import openai
 import pytest
 import soxr
-from conftest import chromium
-from websockets.sync.client import connect
+from conftest import chromium, connect
 
 from voicelab.audio import read_audio, wav_bytes, write_wav
 from voicelab.evaluate import wer

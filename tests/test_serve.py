@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import soundfile as sf
 import soxr
+from conftest import connect, state_with
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
 from voicelab.audio import wav_bytes
 from voicelab.core import free_port, write_jsonl
@@ -328,7 +328,6 @@ def test_locked_log_does_not_fail_requests(url, toy_home, monkeypatch):
 def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, request):
     """A new champion, and a rollback, are served without a restart and without a failed request, a damaged one is refused;
     then kill -9: every acknowledged row and recording is there, and a new server starts."""
-    from conftest import state_with
     home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
     monkeypatch.setenv("VOICELAB_HOME", str(home))
     registry, answers, done = Registry(), [], threading.Event()

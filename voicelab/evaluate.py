@@ -15,7 +15,7 @@ from .core import InputError, progress
 from .text import normalize
 from .audio import read_audio
 from .decode import Fusion, decode, load_fusion
-from .features import fbank
+from .features import front_end
 
 # %% ../nbs/25_evaluate.ipynb #ed3c928d
 def _pair(r, h):  # a stretch without matches, as steps; an equal number of errors in any case, alike words together
@@ -236,7 +236,8 @@ class TorchRecognizer:
         "Transcripts of a batch of clips."
         import torch
         from voicelab.loader import collate
-        items = [(fbank(c), [], i, (0, 0)) for i, c in enumerate(clips)]
+        hear = front_end(self.model.cfg.features)[0]
+        items = [(hear(c), [], i, (0, 0)) for i, c in enumerate(clips)]
         out = [decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)] * len(items)      # of an empty clip
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)

@@ -7,6 +7,7 @@ __all__ = ['ClipStore', 'silent_frames', 'Clips', 'Buckets', 'collate', 'loader'
 
 # %% ../nbs/22_loader.ipynb #87b6b4b6
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .audio import SAMPLE_RATE, read_audio
 from .augment import Augment, spec_augment
 from .core import InputError, progress
-from .features import fbank
+from .features import FEATURES, front_end
 from .model import out_lengths
 from .noise import colored_noise
 from .text import encode, min_frames
@@ -56,8 +57,9 @@ class Clips(Dataset):
         seed: int = 0,  # seed of everything random
         stride: int = 3,  # of the model: input frames of one output frame
         plain: int = 0,  # first epochs that hear the clips as they are
+        features: dict = None,  # what the model hears; by default log-mel features
     ):
-        self.stride, self.plain = stride, plain
+        self.stride, self.plain, self.hear = stride, plain, front_end(features or asdict(FEATURES))[0]
         self.durations = table.duration.to_numpy(float)
         self.ids = [encode(t) for t in table.text]
         short = [f"{p} ({d:.2f} s for {t!r})" for p, d, t, i in zip(table.audio_filepath, self.durations, table.text, self.ids)
@@ -70,14 +72,14 @@ class Clips(Dataset):
     def __getitem__(self, item):
         "Features (T, 80), unit ids, index, and silent output frames before and after, of one clip in one epoch."
         epoch, i, view = (*item, 0)[:3]
-        if epoch < self.plain: return fbank(self.store[i]), self.ids[i], i, (0, 0)
+        if epoch < self.plain: return self.hear(self.store[i]), self.ids[i], i, (0, 0)
         rng, x, ids, silent = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
         if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
         elif self.augment:
             x, *silent = self.augment.padded(x, rng, self.store)
             silent = tuple(silent_frames(n, self.stride) for n in silent)
-        feats = fbank(x)
-        if out_lengths(len(feats), self.stride) - sum(silent) < min_frames(ids): feats, silent = fbank(self.store[i]), (0, 0)  # sped up too much for its text
+        feats = self.hear(x)
+        if out_lengths(len(feats), self.stride) - sum(silent) < min_frames(ids): feats, silent = self.hear(self.store[i]), (0, 0)  # sped up too much for its text
         if view: rng = np.random.default_rng((self.seed, epoch, i, view))
         return (spec_augment(feats, rng, strength=self.masks) if self.masks else feats), ids, i, silent
 

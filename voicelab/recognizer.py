@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .audio import SAMPLE_RATE, read_audio, toy_speech
 from .core import InputError, read_json, sha256_file
 from .decode import FRAME, Confidence, Fusion, Keywords, decode, load_fusion
-from .features import FEATURES, fbank
+from .features import FEATURES, front_end
 from .lm import load_lm
 from .registry import Registry, verify_bundle
 from .text import tokens_txt
@@ -41,7 +41,9 @@ class Recognizer:
         info = verify_bundle(self.path) if (self.path/"version.json").is_file() else None
         self.label = label or (f"{info['name']}@{info['version']}" if info else self.path.resolve().name)
         self.precision, self.config = precision, read_json(self.path/"config.json")
-        if self.config.get("features") != asdict(FEATURES): raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
+        found = front_end(self.config.get("features"))
+        if not found: raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
+        (self.hear, self.width), self.most = found, self.config.get("decoder", {}).get("batch")
         if not (self.path/"tokens.txt").is_file() or (self.path/"tokens.txt").read_text(encoding="utf-8") != tokens_txt(): raise InputError(f"{self.path}/tokens.txt has not the units of this version of voicelab; export the model again")
         own = self.config.get("decoder", {}).get("lm")
         sure = self.config.get("decoder", {}).get("confidence")
@@ -54,13 +56,13 @@ class Recognizer:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try: self.session = ort.InferenceSession(str(self.path/MODELS[precision]), options, providers=["CPUExecutionProvider"])
         except Exception as e: raise InputError(f"{self.path/MODELS[precision]} is no model that ONNX Runtime can load: {str(e).splitlines()[0]}") from None
-        try: self._run([np.zeros((100, FEATURES.n_mels), np.float32)])
+        try: self._run([np.zeros((100, self.width), np.float32)])
         except Exception as e: raise InputError(f"{self.path/MODELS[precision]} has not the inputs x, x_lens and outputs log_probs, log_probs_len: {str(e).splitlines()[0]}") from None
 
     def _run(self, feats):
         "One padded batch of (T, F) features to a list of (S, V) log-probabilities."
         lens = np.array([len(f) for f in feats], np.int64)
-        x = np.zeros((len(feats), lens.max(), FEATURES.n_mels), np.float32)
+        x = np.zeros((len(feats), lens.max(), self.width), np.float32)
         for row, f in zip(x, feats): row[:len(f)] = f
         log_probs, n = self.session.run(["log_probs", "log_probs_len"], dict(x=x, x_lens=lens))
         return [lp[:k] for lp, k in zip(log_probs, n)]
@@ -98,8 +100,8 @@ def log_probs(self: Recognizer,
     _check(clips)
     out = [np.zeros((0, self.config["units"]), np.float32)]*len(clips)
     loud = [i for i, c in enumerate(clips) if len(c) >= _MIN_SAMPLES and np.abs(c).max() >= _MIN_PEAK]
-    feats = {i: fbank(clips[i]) for i in loud}
-    for group in plan_batches([len(feats[i]) for i in loud], batch):
+    feats = {i: self.hear(clips[i]) for i in loud}
+    for group in plan_batches([len(feats[i]) for i in loud], self.most or batch):
         for j, lp in zip(group, self._run([feats[loud[j]] for j in group])): out[loud[j]] = lp
     return out
 

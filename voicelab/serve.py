@@ -339,6 +339,7 @@ class Metrics:
         self.audio = prom.Counter("voicelab_audio_seconds", "Seconds of audio recognised", registry=r)
         self.busy = prom.Counter("voicelab_recognise_seconds", "Seconds that the recogniser worked; over audio seconds: the real-time factor", registry=r)
         self.inside = prom.Gauge("voicelab_requests_inside", "Requests being worked on or waiting", registry=r)
+        self.open = prom.Gauge("voicelab_requests_open", "Requests that were let in and are not answered yet: uploads under way too, and the one that asks", registry=r)
         self.logged = prom.Counter("voicelab_logged", "Requests by what was kept of them", ["level"], registry=r)
         self.log_failures = prom.Counter("voicelab_log_failures", "Requests that had consent and could not be logged", registry=r)
         self.lines_lost = prom.Counter("voicelab_lines_lost", "Lines for the operator that found their way out full", registry=r)
@@ -359,6 +360,7 @@ class Service:
     ):
         self.models, self.log, self.search, self.metrics, self.keys = models, log, search, metrics or Metrics(), Keys()
         self.streams = self.active = 0                         # live ones that are open; HTTP requests that were let in
+        self.metrics.open.set_function(lambda: self.active)
         self.draining, self.lines, self.spans = False, Lines(), Spans()
         self.inside, self.most = 0, setting("QUEUE") + setting("BATCH")
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")

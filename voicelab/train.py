@@ -24,7 +24,7 @@ from .evaluate import TorchRecognizer, error_table, evaluate
 from .features import fbank
 from .lm import adapt_lm, load_lm, save_lm
 from .loader import Clips, loader
-from .model import CTCModel, ModelConfig, base_dir, load_model, save_model, valid
+from .model import CTCModel, ModelConfig, base_dir, load_model, new_model, save_model, valid
 from .text import decode_ids
 
 # %% ../nbs/26_train.ipynb #a710a7a8
@@ -46,6 +46,7 @@ class TrainConfig:
     dim: int = 256  # width of a new model
     layers: int = 3  # depth of a new model
     dropout: float = 0.2
+    encoder: str = ""  # of a new model: a pretrained one of torchaudio's, for example WAV2VEC2_BASE; then lr should be about 1e-4
     stride: int = 3  # input frames of an output frame of a new model: 2, 3 or 4
     plain: int = 0  # first epochs without dropout and augmentation
     check_every: int = 5  # epochs between two looks at dev
@@ -216,7 +217,7 @@ def by_heart(
     fit = table[table.text.str.len() > 0].drop_duplicates("text").sort_values("duration", kind="stable")
     short = fit.head(max(6, len(fit) // 2))
     some = short.iloc[np.linspace(0, len(short) - 1, min(6, len(short))).astype(int)].reset_index(drop=True)
-    batch = next(iter(loader(Clips(some, stride=model.cfg.stride), 1e6, shuffle=False)))
+    batch = next(iter(loader(Clips(some, stride=model.cfg.stride, features=model.cfg.features), 1e6, shuffle=False)))
     recipe = Recipe(copy.deepcopy(model), cfg).eval()
     opt = torch.optim.AdamW(recipe.parameters(), cfg.lr)
     for step in range(most):
@@ -257,7 +258,7 @@ def _picture(feats):
 # %% ../nbs/26_train.ipynb #b3e48356
 def _start(init, cfg):
     "The model to begin with, what it descends from, and whose language model its own one is adapted from: \"base\" or None."
-    if init is None: return CTCModel(ModelConfig(dim=cfg.dim, layers=cfg.layers, dropout=cfg.dropout, stride=cfg.stride)), None, None
+    if init is None: return new_model(ModelConfig(dim=cfg.dim, layers=cfg.layers, dropout=cfg.dropout, stride=cfg.stride, encoder=cfg.encoder), download=cfg.encoder[:5] != "TINY_"), None, None
     folder = base_dir() if init == "base" else Path(init)
     model = load_model(folder)
     model.drop.p = cfg.dropout
@@ -294,7 +295,7 @@ def train(
     torch.set_num_threads(setting("THREADS"))
     model, parent, language = _start(init, cfg)
     if cfg.epochs * tr.duration.sum() > _LONG and not (out/"checkpoints"/"last.ckpt").exists(): print("learnt six clips by heart in {steps} steps".format(**by_heart(model, cfg, tr)), flush=True)
-    data = loader(Clips(tr, Augment(**cfg.augment), cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
+    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
     seconds, keeper = _fit(model, cfg, out, data, dev, log, watch)
     model.load_state_dict(keeper.averaged())
     lm = adapt_lm(load_lm(base_dir()/"lm.npz") if language else None, tr.drop_duplicates("audio_filepath").text)
@@ -316,7 +317,7 @@ def _fit(model, cfg, out, data, dev, log, watch=None):
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=10, default_root_dir=str(out))
     last = out/"checkpoints"/"last.ckpt"
     if last.exists(): data.batch_sampler.set_epoch(torch.load(last, map_location="cpu", weights_only=False)["epoch"] + 1)  # Lightning asks for batches before it says which epoch
-    looks = loader(Clips(dev, stride=model.cfg.stride), 120, shuffle=False) if len(dev) else None
+    looks = loader(Clips(dev, stride=model.cfg.stride, features=model.cfg.features), 120, shuffle=False) if len(dev) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: trainer.fit(Recipe(model, cfg), data, looks, ckpt_path=str(last) if last.exists() else None, weights_only=False)
