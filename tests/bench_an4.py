@@ -4,8 +4,9 @@
     python tests/bench_an4.py --seed 0 --test      # the same, then reads the test set: once, for the claim; writes seed-0.json
     python tests/bench_an4.py --set epochs=20      # another recipe, to try
     python tests/bench_an4.py --summary            # mean and range of the seeds, and the bundle of the seed that is best on dev
+    python tests/bench_an4.py --compare            # all runs on dev: what was changed, errors, size, speed on one core; tried.json and trade-off.png
 """
-import argparse, ast, itertools, json, os, platform, shutil, sys
+import argparse, ast, itertools, json, os, platform, shutil, sys, time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +26,8 @@ from voicelab.recognizer import Recognizer
 from voicelab.train import TrainConfig, train
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "an4"
-RECIPE = dict(epochs=45, batch_seconds=20, lr=1e-3, warmup=0.05, plain=4, stride=4, average=8, masks=0.5, check_every=3, workers=1, noise_only=0.0,
-              augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1))
+RECIPE = dict(epochs=80, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride=4, phones=.3, splice=.5, splice_from=12, masks=.7, average=10, check_every=4, workers=1, noise_only=0.0,
+              augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
 
 
 def tuned(recognizer, rows):
@@ -65,8 +66,10 @@ def run_seed(a):
             result[f"{split}_{name}wer"] = dict(wer=t.wer, lo=t.lo, hi=t.hi, cer=t.cer, errors=int(t.errors), words=int(t.words))
             print(f"{split} {name or 'with the language model '}WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", flush=True)
     result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
-    if not a.test: return print(json.dumps(result, indent=1, default=float))
-    write_json(OUT / f"seed-{a.seed}.json", json.loads(json.dumps(result, default=float)))
+    result = json.loads(json.dumps(result, default=float))
+    write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed=change))
+    if not a.test: return print(json.dumps(result, indent=1))
+    write_json(OUT / f"seed-{a.seed}.json", result)
     kept = home("an4-bundles", str(a.seed))
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(bundle, kept)
@@ -86,14 +89,41 @@ def summarise():
     print(f"seed {best} is best on dev: {model.relative_to(OUT.parent.parent.parent)}, {sum(p.stat().st_size for p in model.iterdir()) / 1e6:.1f} MB")
 
 
+def compare():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    table = import_corpus("an4")
+    clips = [read_audio(f) for f in table[table.split == "dev"].audio_filepath]
+    found = [(p.parent, read_json(p)) for p in home("runs").glob("bench-an4-*/result.json")]
+    recognizers, seconds = [Recognizer(run / "bundle", "int8", 1, lm="none") for run, _ in found], np.zeros(len(found))
+    for r in recognizers: r.transcribe(clips[:4])
+    for n in range(3):  # in turns: a slow minute is slow for all
+        for i, r in enumerate(recognizers):
+            start = time.perf_counter()
+            for c in clips: r.transcribe([c])
+            seconds[i] += time.perf_counter() - start
+    heard = 3 * sum(map(len, clips)) / 16000
+    t = pd.DataFrame([dict(changed=", ".join(f"{k} {v}" for k, v in d["changed"].items()) or "the recipe", seed=d["seed"], minutes=d["minutes"], million_parameters=round(d["parameters"] / 1e6, 2), times_real_time=round(heard / s),
+                           greedy=d["dev_greedy_wer"]["errors"], wer=d["dev_wer"]["errors"], int8=d["dev_int8_wer"]["errors"], words=d["dev_wer"]["words"], commit=d["commit"]) for (_, d), s in zip(found, seconds)]).sort_values("int8")
+    print(t.to_markdown(index=False))
+    write_json(OUT / "tried.json", dict(runs=json.loads(t.to_json(orient="records")), measured_by="python tests/bench_an4.py --compare", commit=git_commit(), date=utc_now()))
+    fig, ax = plt.subplots(figsize=(7, 4))
+    dots = ax.scatter(t.million_parameters, 100 * t.int8 / t.words, c=t.times_real_time)
+    ax.set(xscale="log", xlabel="parameters, millions", ylabel="dev WER with the language model, int8, %")
+    fig.colorbar(dots, label="times real time, one core, int8, greedy")
+    fig.savefig(OUT / "trade-off.png", dpi=120, bbox_inches="tight")
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--test", action="store_true")
     p.add_argument("--summary", action="store_true")
+    p.add_argument("--compare", action="store_true")
     p.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     a = p.parse_args()
-    summarise() if a.summary else run_seed(a)
+    summarise() if a.summary else compare() if a.compare else run_seed(a)
 
 
 if __name__ == "__main__": main()

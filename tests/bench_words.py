@@ -25,7 +25,7 @@ from voicelab.synth import BASE, make_voicesearch
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks"
 
 
-def joined(rows, rng, digits=5, gaps=(.15, .5)):
+def joined(rows, rng, gaps=(.15, .5)):
     "Digits of one speaker with gaps between them, on a faint hiss: samples, and (word, start, end) of each."
     clips, parts, said, at = [read_audio(f) for f in rows.audio_filepath], [], [], 0
     for text, c in zip(rows.text, clips):

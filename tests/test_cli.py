@@ -27,6 +27,7 @@ def run(*args, home=None, env=None, cwd=None):
     (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
     (["train", "--manifest", "an4", "--out", "x", "-p", "epochs=0"], "epochs is 0"),
     (["lm", "no.txt", "--out", "x.npz"], "no file no.txt"),
+    (["data", "suspects", "an4", "--out", "x", "--split", "train", "--folds", "1"], "folds is 1"),
 ])
 def test_bad_input_is_one_line_and_exit_2(args, said, tmp_path):
     done = run(*args, home=tmp_path)
@@ -89,3 +90,16 @@ def test_verify_says_no_with_exit_1(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(dict(audio_filepath="silent.wav", duration=1.0, text="hello", speaker="a", utterance_id="quiet-one")) + "\n")
     done = run("data", "verify", tmp_path / "m.jsonl", home=tmp_path)
     assert done.returncode == 1 and "quiet-one" in done.stdout and "silent" in done.stdout, done
+
+
+def test_consistency_names_what_is_written_in_two_ways(tmp_path):
+    "Broken rules of the guide and two ways of writing are printed and make the exit code 1; a consistent corpus has 0."
+    rows = []
+    for i, text in enumerate(["e mail her", "email her", "ok call tom", "call tom"]):
+        write_wav(tmp_path / f"{i}.wav", toy_tones("abc"))
+        rows.append(dict(audio_filepath=str(tmp_path / f"{i}.wav"), text=text, utterance_id=f"u{i}"))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("data", "consistency", tmp_path / "m.jsonl", home=tmp_path)
+    assert done.returncode == 1 and "u2: one spelling: 'ok'" in done.stdout and "write 'okay'" in done.stdout and "'e mail her' 1" in done.stdout, done
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[1::2]))
+    assert run("data", "consistency", tmp_path / "m.jsonl", home=tmp_path).returncode == 0

@@ -245,3 +245,20 @@ def test_drift_on_recordings_of_people():
     assert list(quiet[quiet.flagged].index) == ["loudness_db"]
     alerts = watch(reference, pd.concat([clean, clean.assign(snr_db=clean.snr_db - 25)]), size=100)
     assert set(alerts[alerts.alert].signal) == {"snr_db"}
+
+
+def test_hard_clips_are_no_wrong_rate(tmp_path):
+    "What the queue hands out is high and fast more often than not: verification of a corpus would call that a wrong sample rate, the labels are kept."
+    from voicelab.audio import read_audio, write_wav
+    from voicelab.core import sha256_file
+    from voicelab.distort import speed
+    from voicelab.retrain import _sorted_out
+    from voicelab.synth import make_voicesearch
+    from voicelab.verify import verify
+    rows = make_voicesearch(tmp_path / "clips", dict(train=24), seed=5).query("split == 'train'").reset_index(drop=True)
+    for i, p in enumerate(rows.audio_filepath): write_wav(tmp_path / f"{i}.wav", speed(read_audio(p), 2))
+    rows = rows.assign(audio_filepath=[str(tmp_path / f"{i}.wav") for i in range(len(rows))], duration=rows.duration / 2, source="traffic")
+    rows["sha256"] = [sha256_file(p) for p in rows.audio_filepath]
+    assert (verify(rows).problem == "wrong_rate").sum() == len(rows)
+    kept, refused = _sorted_out(rows, rows.head(0))
+    assert len(kept) > .8 * len(rows) and "wrong_rate" not in {r["problem"] for r in refused}, refused

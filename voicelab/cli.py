@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_list', 'cmd_data_diff',
-           'cmd_train', 'cmd_runs_list', 'cmd_runs_compare', 'cmd_sweep', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe',
-           'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show',
-           'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase',
-           'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup', 'cmd_restore', 'cmd_monitor', 'cmd_labels_next',
-           'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
+           'cmd_data_consistency', 'cmd_data_suspects', 'cmd_train', 'cmd_runs_list', 'cmd_runs_compare', 'cmd_sweep',
+           'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove',
+           'cmd_models_list', 'cmd_models_show', 'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats',
+           'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup', 'cmd_restore',
+           'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser',
+           'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
+from html import escape
 from pathlib import Path
 
-from .core import SETTINGS, InputError, home, read_json, repo_root, setting, to_json
+from .core import SETTINGS, InputError, home, read_json, repo_root, setting, to_json, write_text
 
 # %% ../nbs/51_cli.ipynb #dbd009d3
 def _print(result, as_json: bool):
@@ -108,14 +110,45 @@ def cmd_data_diff(a):
     print(f"{a.old} -> {a.new}: {', '.join(f'{n} {k}' for k, n in counts.items())}")
     for r in rows.itertuples(): print(f"{r.change:>8}  {r.utterance_id}{f'  {r.detail}' if r.detail else ''}")
 
+def _page(title, said, body):
+    "An HTML page of a table."
+    return (f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>body{{font:15px sans-serif;margin:2em}} td,th{{padding:.3em .8em;text-align:left}}</style><h1>{escape(title)}</h1>"
+            f"<p>{escape(said)}</p>{body}")
+
+def cmd_data_consistency(a):
+    "where transcripts break the guide, and what is written in two ways"
+    from voicelab.consistency import breaches, two_ways
+    table = _manifest(a.source)
+    broken = [dict(utterance_id=u, text=t, **b) for u, t in zip(table.utterance_id, table.text) for b in breaches(t)]
+    ways = two_ways(table.text)
+    if a.json: _print(dict(breaches=broken, two_ways=ways), True)
+    else:
+        for b in broken: print(f"{b['utterance_id']}: {b['rule']}: {b['found']!r} in {b['text']!r}" + (f", write {b['instead']!r}" if b["instead"] is not None else ""))
+        for w in ways.itertuples(): print(f"{w.what} in {len(w.ways)} ways: {', '.join(f'{k!r} {n}' for k, n in w.ways.items())}")
+        print(f"{len(broken)} breaches of the guide, {len(ways)} things written in more than one way, in {len(table)} transcripts")
+    return 1 if broken or len(ways) else 0
+
+def cmd_data_suspects(a):
+    "labels that are probably wrong: those that models which have not learnt them believe least"
+    from voicelab.consistency import out_of_fold, suspects_html
+    ranked = out_of_fold(_split_of(a), a.out, _train_config(a.parameter), a.folds, a.init)
+    ranked.to_csv(Path(a.out)/"suspects.csv", index=False)
+    top = ranked.head(a.top)
+    if a.html: write_text(a.html, _page(f"Suspect labels of {a.manifest}", f"The {len(top)} labels of {len(ranked)} that models which have not learnt them believe least.", suspects_html(top)))
+    _print(top[["utterance_id", "text", "heard", "errors", "suspicion"]].round(2), a.json)
+
+def _train_config(parameters):
+    "name=value texts as a `TrainConfig`."
+    from voicelab.pipeline import _typed
+    from voicelab.train import TrainConfig
+    given, known, default = _pairs(parameters), TrainConfig.__dataclass_fields__, TrainConfig()
+    if bad := [k for k in given if k not in known]: raise InputError(f"training has no parameter {bad[0]!r}; it has {', '.join(known)}")
+    return TrainConfig(**{k: _typed(k, v, getattr(default, k)) for k, v in given.items()})
+
 def cmd_train(a):
     "train from scratch or fine-tune"
-    from voicelab.train import TrainConfig, train
-    given, known = _pairs(a.parameter), TrainConfig.__dataclass_fields__
-    if bad := [k for k in given if k not in known]: raise InputError(f"training has no parameter {bad[0]!r}; it has {', '.join(known)}")
-    from voicelab.pipeline import _typed
-    default = TrainConfig()
-    cfg = TrainConfig(**{k: _typed(k, v, getattr(default, k)) for k, v in given.items()})
+    from voicelab.train import train
+    cfg = _train_config(a.parameter)
     _print(train(_manifest(a.manifest), a.out, cfg, init=a.init), a.json)
 
 def cmd_runs_list(a):
@@ -125,17 +158,14 @@ def cmd_runs_list(a):
 
 def _any_model(name, lm):
     "The recogniser of a run (its name or folder), a bundle or a registered version, and what to call it."
-    from voicelab.core import home
     from voicelab.decode import Fusion
     from voicelab.evaluate import TorchRecognizer
+    from voicelab.lm import load_lm
     from voicelab.recognizer import load_recognizer
     run = next((p for p in (Path(name), home("runs")/name) if (p/"model.pt").is_file()), None)
     if run is None: return load_recognizer(name, lm=lm), name
-    if lm not in (None, "none"):
-        from voicelab.lm import load_lm
-        return TorchRecognizer(run, Fusion(load_lm(lm))), run.name
     model = TorchRecognizer(run)
-    if lm == "none": model.fusion = None
+    if lm: model.fusion = None if lm == "none" else Fusion(load_lm(lm))
     return model, run.name
 
 def cmd_runs_compare(a):
@@ -145,11 +175,7 @@ def cmd_runs_compare(a):
     table = _split_of(a)
     (one, first), (two, second) = (_any_model(n, a.lm) for n in (a.a, a.b))
     found, other = difference(evaluate(table, one), evaluate(table, two))
-    if a.html:
-        from voicelab.core import write_text
-        page = difference_html(other, first, second, len(other), players=True)
-        write_text(a.html, f"<!doctype html><meta charset='utf-8'><title>{first} and {second}</title><style>body{{font:15px sans-serif;margin:2em}} td,th{{padding:.3em .8em;text-align:left}}</style>"
-                           f"<h1>{second} against {first}</h1><p>{in_words(found, first, second)}. {len(other)} clips differ.</p>{page}")
+    if a.html: write_text(a.html, _page(f"{second} against {first}", f"{in_words(found, first, second)}. {len(other)} clips differ.", difference_html(other, first, second, len(other), players=True)))
     if a.json: return _print(dict(a=first, b=second, **found, differ=other[["audio_filepath", "text", "hyp", "hyp_b", "errors", "errors_b"]].to_dict("records")), True)
     print(in_words(found, first, second))
     for r in other.head(10).to_dict("records"): print(f"\n{r['audio_filepath']}: {r['errors']} -> {r['errors_b']} errors\n{alignment_text(r['text'], r['hyp'])}\n{alignment_text(r['text'], r['hyp_b']).splitlines()[1].replace('HYP', 'NOW', 1)}")
@@ -391,6 +417,9 @@ def make_parser() -> argparse.ArgumentParser:
     command("data verify", cmd_data_verify, o("source", help="manifest, dataset version or corpus"), shared)
     command("data list", cmd_data_list)
     command("data diff", cmd_data_diff, o("old", help="a dataset version"), o("new", help="another one"))
+    command("data consistency", cmd_data_consistency, o("source", help="manifest, dataset version or corpus"))
+    command("data suspects", cmd_data_suspects, o("manifest", help="manifest, dataset version or corpus"), o("--out", required=True, help="folder for the models that judge, and suspects.csv"), o("--split"), o("--folds", type=int, default=3),
+            o("--init", help="folder of a model that has not learnt these labels; default: from scratch"), o("--top", type=int, default=50, help="labels to show"), o("--html", help="file to write: those labels, with players"), param)
     command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), param)
     command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), param)
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)

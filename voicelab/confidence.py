@@ -56,9 +56,8 @@ def evidence(
         if not len(lp): continue
         found = prefix_beam(lp, recognizer.fusion.beam, None, recognizer.fusion)
         _, frames, readings = witnesses(lp, found)
-        right = [op == "=" for op, _, h in align(normalize(texts[i]), decode_ids(found[0][0])) if h]
-        rows += [dict(clip=i, person=people[i], word=w, right=r, frames=f, readings=a, sure=s)
-                 for w, r, f, a, s in zip(decode_ids(found[0][0]).split(), right, frames, readings, now(frames, readings), strict=True)]
+        heard = [(h, op == "=") for op, _, h in align(normalize(texts[i]), decode_ids(found[0][0])) if h]
+        rows += [dict(clip=i, person=people[i], word=w, right=r, frames=f, readings=a, sure=s) for (w, r), f, a, s in zip(heard, frames, readings, now(frames, readings), strict=True)]
     return pd.DataFrame(rows, columns=["clip", "person", "word", "right", "frames", "readings", "sure"])
 
 # %% ../nbs/39_confidence.ipynb #a407882a

@@ -230,17 +230,23 @@ class TorchRecognizer:
         self.model.eval()
         self.label = Path(run).name if folder else "torch"
 
-    def transcribe(self,
+    def log_probs(self,
         clips,  # list of samples, 16 kHz float32
-    ) -> list:  # of dict(text, confidence, words, duration, …)
-        "Transcripts of a batch of clips."
+    ) -> list:  # of (S, V) natural logs, one array a clip
+        "What the model says of a batch of clips."
         import torch
         from voicelab.loader import collate
         hear = front_end(self.model.cfg.features)[0]
         items = [(hear(c), [], i, (0, 0)) for i, c in enumerate(clips)]
-        out = [decode(np.zeros((0, self.model.cfg.vocab), np.float32), 0.0)] * len(items)      # of an empty clip
+        out = [np.zeros((0, self.model.cfg.vocab), np.float32)] * len(items)      # of an empty clip
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)
             with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
-            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = decode(row[:n], len(clips[i]) / 16000, fusion=self.fusion, frame=self.model.cfg.stride / 100)
+            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = row[:n]
         return out
+
+    def transcribe(self,
+        clips,  # list of samples, 16 kHz float32
+    ) -> list:  # of dict(text, confidence, words, duration, …)
+        "Transcripts of a batch of clips."
+        return [decode(lp, len(c) / 16000, fusion=self.fusion, frame=self.model.cfg.stride / 100) for lp, c in zip(self.log_probs(clips), clips)]

@@ -143,7 +143,7 @@ def export_bundle(
         shutil.copyfile(lm, out/"lm.npz")
         fusion = load_fusion(out)
         config["decoder"]["lm"] = dict(weight=fusion.weight, bonus=fusion.bonus, beam=fusion.beam)
-    if getattr(model, "alone", False): config["decoder"]["batch"] = 1
+    if model.alone: config["decoder"]["batch"] = 1
     write_json(out/"config.json", config)
     write_json(out/"golden.json", golden_answers(onnx_runner(out/"model.onnx"), golden, fusion, front_end(model.cfg.features)[0]))
     return out
@@ -187,7 +187,7 @@ def check_bundle(
     "Compare a bundle with the model it came from, with itself in batches, in int8 and in another runtime."
     import torch
     bundle, clips = Path(bundle), [read_audio(p) for p in df.audio_filepath]
-    feats, together = [front_end(model.cfg.features)[0](c) for c in clips], 1 if getattr(model, "alone", False) else 8
+    feats, together = [front_end(model.cfg.features)[0](c) for c in clips], 1 if model.alone else 8
     model = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(): torch_lp = [model(torch.from_numpy(f)[None], torch.tensor([len(f)]))[0][0].numpy() for f in feats]
     run = {name: onnx_runner(bundle/name) for name in ("model.onnx", "model.int8.onnx")}

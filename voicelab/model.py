@@ -113,6 +113,7 @@ class ClipDropout(nn.Module):
 # %% ../nbs/21_model.ipynb #afe1b98d
 class CTCModel(nn.Module):
     "Mean normalisation, two strided convolutions, bidirectional LSTMs, unit log-probabilities. Graves et al., 2013, with CTC (2006)."
+    alone = False  # must a clip travel alone, for its answer not to depend on its company?
     def __init__(self,
         cfg: ModelConfig = None,  # shape
     ):
@@ -172,8 +173,7 @@ class PretrainedCTC(CTCModel):
         self.encoder, self.normalize, self.alone = _encoder(cfg.encoder, download)
         if download: self.encoder.feature_extractor.requires_grad_(False)
         self.drop = ClipDropout(cfg.dropout)
-        width = next(m for m in reversed(list(self.encoder.modules())) if isinstance(m, nn.LayerNorm)).normalized_shape[0]
-        self.head = nn.Linear(width, cfg.vocab)
+        self.head = nn.Linear(self.encoder.encoder.feature_projection.projection.out_features, cfg.vocab)
 
     def forward(self,
         x: torch.Tensor,  # (N, T, 160) float32 samples, a row every 10 ms

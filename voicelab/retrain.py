@@ -91,7 +91,7 @@ def mix(
     return tuned, share, tried
 
 # %% ../nbs/42_retrain.ipynb #0c16a43c
-GENTLE = dict(epochs=3, lr=3e-4, masks=0.5, warmup=0.2, average=2, check_every=3, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
+GENTLE = dict(epochs=3, lr=3e-4, masks=0.5, dropout=0.0, warmup=0.2, average=2, check_every=3, repeat=dict(traffic=3))   # fine-tuning a champion on a few labelled clips
 
 def train_challenger(
     version,        # dataset version id

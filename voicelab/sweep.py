@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['parse_space', 'sweep']
 
-# %% ../nbs/44_sweep.ipynb #5bec503a
-import os
-from dataclasses import asdict
+# %% ../nbs/44_sweep.ipynb #9e634a4a
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -47,7 +46,7 @@ def _draws(space, trials, seed):
     if None not in sizes and np.prod(sizes) <= trials: return [dict(zip(names, (space[n][1][i] for n, i in zip(names, at)))) for at in np.ndindex(*sizes)]
     return [{n: draw(*space[n]) for n in names} for _ in range(trials)]
 
-# %% ../nbs/44_sweep.ipynb #cacf1062
+# %% ../nbs/44_sweep.ipynb #c965fcac
 def sweep(
     table,             # manifest with splits train and dev, as `train` takes it
     out,               # folder of the sweep; a run folder for each trial in it
@@ -65,37 +64,40 @@ def sweep(
     from ray import tune
     if not (table.split == "dev").any(): raise InputError(f"the manifest has no rows with split 'dev' to choose on; its splits are {sorted(table.split.unique())}")
     base, out = base or TrainConfig(), Path(out).resolve()
-    settings = [dict(trial=f"trial-{i:03}", **s) for i, s in enumerate(_draws(space, trials, seed))]
-    for s in settings: TrainConfig(**{**asdict(base), **{k: v for k, v in s.items() if k != "trial"}})     # all of them make sense, before the first one starts
+    drawn = {f"trial-{i:03}": s for i, s in enumerate(_draws(space, trials, seed))}
+    configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
+    for t, cfg in configs.items():
+        if (out/t/"run.json").exists() and read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     table.to_pickle(out/"table.pkl")
     def run(s):
-        cfg = TrainConfig(**{**asdict(base), **{k: v for k, v in s["settings"].items() if k != "trial"}})
+        cfg = configs[s["trial"]]
         def watch(row):
             if row["dev_loss"] is not None and row["epoch"] < cfg.epochs: tune.report(dict(dev_loss=row["dev_loss"], dev_wer=row["dev_wer"], epochs=row["epoch"]))
-        train(pd.read_pickle(out/"table.pkl"), out/s["settings"]["trial"], cfg, init, log, watch)
-    todo = [s for s in settings if not (out/s["trial"]/"metrics.json").exists()]
-    if todo: _tune(ray, tune, run, todo, out, base, halve, at_once)
-    rows = pd.DataFrame([s | _outcome(out/s["trial"], base.epochs) for s in settings]).sort_values(["dev_wer", "dev_loss"], ignore_index=True)
+        train(pd.read_pickle(out/"table.pkl"), out/s["trial"], cfg, init, log, watch)
+    todo = [t for t in drawn if not (out/t/"metrics.json").exists()]
+    failed = _tune(ray, tune, run, todo, out, base, halve, at_once) if todo else {}
+    rows = pd.DataFrame([dict(trial=t, **s, **_outcome(out/t, failed.get(t, ""))) for t, s in drawn.items()]).sort_values(["dev_wer", "dev_loss"], ignore_index=True)
     rows.to_csv(out/"sweep.csv", index=False)
     return rows
 
 def _tune(ray, tune, run, todo, out, base, halve, at_once):
-    "Let Ray Tune run the trials."
+    "Let Ray Tune run the trials; returns what those that failed said."
     threads, started = setting("THREADS"), not ray.is_initialized()
     if started: ray.init(num_cpus=threads*at_once, include_dashboard=False, log_to_driver=False, logging_level="error")
     scheduler = tune.schedulers.ASHAScheduler(time_attr="epochs", max_t=base.epochs + 1, grace_period=max(base.check_every, base.epochs//4), reduction_factor=2) if halve else None
     try:
-        tune.Tuner(tune.with_resources(run, dict(cpu=threads)), param_space=dict(settings=tune.grid_search(todo)),
-                   tune_config=tune.TuneConfig(metric="dev_loss", mode="min", scheduler=scheduler, max_concurrent_trials=at_once),
-                   run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0)).fit()
+        grid = tune.Tuner(tune.with_resources(run, dict(cpu=threads)), param_space=dict(trial=tune.grid_search(todo)),
+                          tune_config=tune.TuneConfig(metric="dev_loss", mode="min", scheduler=scheduler, max_concurrent_trials=at_once),
+                          run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0)).fit()
+        return {r.config["trial"]: str(r.error).strip().splitlines()[-1] for r in grid if r.error}
     finally:
         if started: ray.shutdown()
 
-def _outcome(run, epochs):
-    "What became of a trial, from its folder."
+def _outcome(run, error):
+    "What became of a trial, from its folder and its last words."
     curve = pd.read_csv(run/"curve.csv") if (run/"curve.csv").exists() else pd.DataFrame(columns=["epoch", "dev_loss", "dev_wer", "seconds"])
     done, looks = (run/"metrics.json").exists(), curve.dropna(subset=["dev_loss"])
     last = dict(dev_wer=float(looks.dev_wer.iloc[-1]), dev_loss=float(looks.dev_loss.iloc[-1])) if len(looks) else dict(dev_wer=np.nan, dev_loss=np.nan)
     if done: last["dev_wer"] = read_json(run/"metrics.json")["dev_wer"]
-    return last | dict(epochs=int(curve.epoch.max()) if len(curve) else 0, seconds=float(curve.seconds.sum()), ended="done" if done else "stopped" if len(looks) else "failed")
+    return last | dict(epochs=int(curve.epoch.max()) if len(curve) else 0, seconds=float(curve.seconds.sum()), ended="done" if done else "failed" if error else "stopped", error=error)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ACCENTS', 'VARIANTS', 'RATE', 'DEVICES', 'QUICK', 'FULL', 'BASE', 'entity_lists', 'expand', 'text_split',
-           'sentences', 'check_new_names', 'speakers', 'speak', 'record', 'plan', 'make_voicesearch', 'documents']
+           'sentences', 'check_new_names', 'speakers', 'speak', 'phonemes', 'record', 'plan', 'make_voicesearch',
+           'documents']
 
 # %% ../nbs/14_synth.ipynb #5e9f4892
 import _ctypes, ctypes, json, os, re, subprocess, sys, threading, zlib
@@ -217,6 +218,27 @@ def speak(
             lib.espeak_Terminate()
             _ctypes.dlclose(lib._handle)
     return np.frombuffer(b"".join(parts), np.int16), rate
+
+# %% ../nbs/14_synth.ipynb #3dd9ef1e
+def phonemes(
+    words,  # to pronounce, in small letters
+    voice: str = "en-us",
+) -> dict:  # word → list of IPA symbols, without stress
+    "How espeak-ng pronounces words."
+    import espeakng_loader
+    with _espeak_lock:
+        lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        try:
+            if lib.espeak_Initialize(1, 500, espeakng_loader.get_data_path().encode(), 0) < 0 or lib.espeak_SetVoiceByName(voice.encode()): raise InputError(f"espeak-ng has no voice {voice!r}; known accents are {', '.join(ACCENTS)}")
+            lib.espeak_TextToPhonemes.restype = ctypes.c_char_p
+            def one(word):
+                text = ctypes.cast(ctypes.c_char_p(word.encode()), ctypes.c_void_p)
+                said = lib.espeak_TextToPhonemes(ctypes.byref(text), 1, ord("_") << 8 | 2)      # UTF-8 in, IPA with underscores out
+                return [p for p in (said or b"").decode().replace("ˈ", "").replace("ˌ", "").split("_") if p]
+            return {w: one(w) for w in words}
+        finally:
+            lib.espeak_Terminate()
+            _ctypes.dlclose(lib._handle)
 
 # %% ../nbs/14_synth.ipynb #b9a8038a
 RATE = 16_000
