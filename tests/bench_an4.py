@@ -26,7 +26,7 @@ from voicelab.recognizer import Recognizer
 from voicelab.train import TrainConfig, train
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "an4"
-RECIPE = dict(epochs=60, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride=4, phones=.3, splice=.5, splice_from=10, masks=.7, average=10, check_every=4, workers=1, noise_only=0.0,
+RECIPE = dict(epochs=66, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride=4, phones=.3, splice=.5, splice_from=10, masks=.7, average=10, check_every=4, workers=1, noise_only=0.0,
               augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
 
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_list', 'cmd_data_diff',
-           'cmd_data_consistency', 'cmd_data_suspects', 'cmd_train', 'cmd_runs_list', 'cmd_runs_compare', 'cmd_sweep',
-           'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove',
-           'cmd_models_list', 'cmd_models_show', 'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats',
-           'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup', 'cmd_restore',
-           'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser',
-           'main']
+           'cmd_data_consistency', 'cmd_data_suspects', 'cmd_data_curve', 'cmd_train', 'cmd_runs_list',
+           'cmd_runs_compare', 'cmd_sweep', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add',
+           'cmd_keys_list', 'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show', 'cmd_models_promote',
+           'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures',
+           'cmd_log_purge', 'cmd_backup', 'cmd_restore', 'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export',
+           'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
@@ -136,6 +136,19 @@ def cmd_data_suspects(a):
     top = ranked.head(a.top)
     if a.html: write_text(a.html, _page(f"Suspect labels of {a.manifest}", f"The {len(top)} labels of {len(ranked)} that models which have not learnt them believe least.", suspects_html(top)))
     _print(top[["utterance_id", "text", "heard", "errors", "suspicion"]].round(2), a.json)
+
+def cmd_data_curve(a):
+    "what more data would bring: the same training on growing parts of it, and the law that they follow"
+    from voicelab.curve import forecast, grow, held_back, in_words
+    cfg, target = _train_config(a.parameter), a.target / 100
+    measured = grow(_manifest(a.manifest), a.out, cfg, a.shares, a.init)
+    measured.to_csv(Path(a.out)/"curve.csv", index=False)
+    found = forecast(measured)
+    checked = held_back(measured) if (found.points.hours <= .55 * found.points.hours.max()).sum() >= 2 else None
+    if a.json: return _print(dict(points=found.points, forecast=in_words(found, target), held_back=checked), True)
+    _print(found.points.round(4), False)
+    if checked: print("from half of the data {predicted:.1%} ({lo:.1%} to {hi:.1%}) was to be expected of all of it; measured: {measured:.1%}".format(**checked))
+    print(in_words(found, target))
 
 def _train_config(parameters):
     "name=value texts as a `TrainConfig`."
@@ -420,6 +433,8 @@ def make_parser() -> argparse.ArgumentParser:
     command("data consistency", cmd_data_consistency, o("source", help="manifest, dataset version or corpus"))
     command("data suspects", cmd_data_suspects, o("manifest", help="manifest, dataset version or corpus"), o("--out", required=True, help="folder for the models that judge, and suspects.csv"), o("--split"), o("--folds", type=int, default=3),
             o("--init", help="folder of a model that has not learnt these labels; default: from scratch"), o("--top", type=int, default=50, help="labels to show"), o("--html", help="file to write: those labels, with players"), param)
+    command("data curve", cmd_data_curve, o("manifest", help="manifest, dataset version or corpus, with splits train and dev"), o("--out", required=True, help="folder for the trainings, and curve.csv"), o("--target", type=float, required=True, help="word error rate to reach, in percent"),
+            o("--shares", type=float, nargs="+", default=[.125, .25, .5, 1.], help="of the data, for one training each"), o("--init", help="folder of a model that has not heard these people; default: from scratch"), param)
     command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), param)
     command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), param)
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)

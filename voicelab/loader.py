@@ -8,6 +8,7 @@ __all__ = ['ClipStore', 'quietest', 'Splicer', 'silent_frames', 'Clips', 'Bucket
 # %% ../nbs/22_loader.ipynb #87b6b4b6
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .audio import SAMPLE_RATE, read_audio
 from .augment import Augment, spec_augment
-from .core import InputError, progress
+from .core import InputError, progress, read_json
 from .features import FEATURES, front_end
 from .model import out_lengths
 from .noise import colored_noise
@@ -55,22 +56,31 @@ class Splicer:
     "Makes new sentences of a speaker's clips: the beginning of one, the end of another."
     def __init__(self,
         words,     # of each clip, a list of words
-        cuts,      # of each clip, the sample before its second word, its third, …
+        cuts,      # of each clip, the sample before its second word, its third, …; or the path of a JSON file that will hold them when they are needed
         speakers,  # of each clip; one without a name is left as it is
         share: float,  # of the clips, for which another ending is sought
+        start: int = 0,  # first epoch
         tries: int = 6,  # other clips to look at
         most: int = SAMPLE_RATE,  # samples by which the new clip may be longer or shorter than the old one, so that it fits its batch
     ):
-        if bad := [i for i, (w, c) in enumerate(zip(words, cuts, strict=True)) if len(c) != max(len(w) - 1, 0)]: raise InputError(f"clip {bad[0]} has {len(words[bad[0]])} words and {len(cuts[bad[0]])} cuts; there must be one between each two words")
-        self.words, self.cuts, self.speakers, self.share, self.tries, self.most = words, cuts, list(speakers), share, tries, most
+        self.words, self.path, self.cuts, self.speakers, self.share, self.start, self.tries, self.most = words, cuts, None, list(speakers), share, start, tries, most
+        if not isinstance(cuts, (str, Path)): self.take(cuts)
+
+    def take(self, cuts):
+        "Know where the words begin."
+        if bad := [i for i, (w, c) in enumerate(zip(self.words, cuts, strict=True)) if len(c) != max(len(w) - 1, 0)]: raise InputError(f"clip {bad[0]} has {len(self.words[bad[0]])} words and {len(cuts[bad[0]])} cuts; there must be one between each two words")
+        self.cuts = cuts
         self.mates = {s: [i for i, t in enumerate(self.speakers) if t == s and cuts[i]] for s in set(self.speakers) if s}
 
     def __call__(self,
         i: int,  # the clip that begins
         store,   # samples by clip
         rng: np.random.Generator,
+        epoch: int = 0,
     ) -> tuple:  # samples, words; or None: as it is
         "Clip i with another ending."
+        if epoch < self.start: return None
+        if self.cuts is None: self.take(read_json(self.path))
         mates = [j for j in self.mates.get(self.speakers[i], []) if j != i]
         if rng.random() >= self.share or not mates: return None
         x, ends = store[i], [*self.cuts[i], len(store[i])]
@@ -111,7 +121,7 @@ class Clips(Dataset):
                  if out_lengths(round(d * 100), stride) < min_frames(i)]
         if short: raise InputError(f"{len(short)} clips are too short for their text (a unit takes at least {10 * stride} ms): {', '.join(short[:5])}")
         self.store, self.augment, self.masks, self.noise_only, self.seed = ClipStore(table.audio_filepath), augment, masks, noise_only, seed
-        self.splicer = None  # a `Splicer`, once somebody knows where words begin
+        self.splicer = None  # a `Splicer`, where endings are to be exchanged
 
     def __len__(self): return len(self.ids)
 
@@ -120,7 +130,7 @@ class Clips(Dataset):
         epoch, i, view = (*item, 0)[:3]
         if epoch < self.plain: return self.hear(self.store[i]), self.ids[i], i, (0, 0)
         rng, x, ids, silent = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
-        if self.splicer and (made := self.splicer(i, self.store, rng)): x, ids = made[0], encode(" ".join(made[1]))
+        if self.splicer and (made := self.splicer(i, self.store, rng, epoch)): x, ids = made[0], encode(" ".join(made[1]))
         if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
         elif self.augment:
             x, *silent = self.augment.padded(x, rng, self.store)
@@ -184,8 +194,7 @@ def loader(
     workers: int = 0,  # processes that prepare batches; 0: in this one
     short_first: bool = False,  # the first epoch goes from short to long
     views: int = 1,  # of each clip in a batch
-    stay: bool = True,  # workers live from epoch to epoch; otherwise they see what has changed in `clips` since
 ) -> DataLoader:
     "Batches of `clips` for training (shuffled) or evaluation."
     return DataLoader(clips, batch_sampler=Buckets(clips.durations, batch_seconds, shuffle, clips.seed, short_first, views, clips.plain), collate_fn=collate,
-                      num_workers=workers, persistent_workers=stay and workers > 0, prefetch_factor=4 if workers else None)
+                      num_workers=workers, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)

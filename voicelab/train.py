@@ -230,27 +230,20 @@ class Keeper(pl.Callback):
 
 # %% ../nbs/26_train.ipynb #356e2316
 class Cutter(pl.Callback):
-    "Aligns the training clips, once, and lets them exchange their endings from then on."
-    def __init__(self, cfg: TrainConfig, clips: Clips, rows):
-        self.cfg, self.clips, self.words, self.speakers, self.cuts = cfg, clips, [t.split() for t in rows.text], rows.speaker.fillna("").tolist(), None
-
-    def state_dict(self): return dict(cuts=self.cuts)
-    def load_state_dict(self, state):
-        if state["cuts"] is not None: self.take(state["cuts"])
-
-    def take(self, cuts): self.cuts, self.clips.splicer = cuts, Splicer(self.words, cuts, self.speakers, self.cfg.splice)
+    "Aligns the training clips once, before the first epoch that exchanges endings; writes `cuts.json`."
+    def __init__(self, cfg: TrainConfig, clips: Clips): self.cfg, self.clips = cfg, clips
 
     def cut(self, model):
-        was, ear, cuts = model.training, TorchRecognizer(model), []
-        for i, words in enumerate(self.words):
-            x, hop = self.clips.store[i], model.cfg.stride * SAMPLE_RATE // 100
+        was, ear, cuts, hop = model.training, TorchRecognizer(model), [], model.cfg.stride * SAMPLE_RATE // 100
+        for i, words in enumerate(self.clips.splicer.words):
+            x = self.clips.store[i]
             spans = word_spans(align(ear.log_probs([x])[0].astype(float), encode(" ".join(words))))
             cuts.append([quietest(x, a[-1].start * hop, max(b[0].end, a[-1].start + 1) * hop) for a, b in zip(spans, spans[1:])])
         model.train(was)
-        self.take(cuts)
+        write_json(self.clips.splicer.path, cuts)
 
     def on_fit_start(self, trainer, module):
-        if self.cfg.splice_from == 0 and self.cuts is None: self.cut(module.model)
+        if self.cfg.splice_from == 0 and not trainer.ckpt_path: self.cut(module.model)
 
     def on_train_epoch_end(self, trainer, module):
         if trainer.current_epoch + 1 == self.cfg.splice_from: self.cut(module.model)
@@ -360,7 +353,8 @@ def train(
     torch.set_num_threads(setting("THREADS"))
     model, parent, language = _start(init, cfg)
     if cfg.epochs * tr.duration.sum() > _LONG and not (out/"checkpoints"/"last.ckpt").exists(): print("learnt six clips by heart in {steps} steps".format(**by_heart(model, cfg, tr)), flush=True)
-    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1, stay=not cfg.splice)
+    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
+    if cfg.splice: data.dataset.splicer = Splicer([t.split() for t in tr.text], out/"cuts.json", tr.speaker.fillna(""), cfg.splice, cfg.splice_from)
     seconds, keeper = _fit(model, cfg, out, data, tr, dev, log, watch)
     model.load_state_dict(keeper.averaged())
     lm = adapt_lm(load_lm(base_dir()/"lm.npz") if language else None, tr.drop_duplicates("audio_filepath").text)
@@ -377,7 +371,7 @@ def _fit(model, cfg, out, data, tr, dev, log, watch=None):
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"): logging.getLogger(name).setLevel(logging.WARNING)
     keeper = Keeper(out, cfg, watch)
     logger = wandb_logger(out.name, asdict(cfg)) if log else False
-    trainer = pl.Trainer(max_epochs=cfg.epochs, accelerator="auto", devices=1, precision=fastest(cfg.precision), logger=logger, callbacks=[*([Cutter(cfg, data.dataset, tr)] if cfg.splice else []), keeper, Panel(dev)],
+    trainer = pl.Trainer(max_epochs=cfg.epochs, accelerator="auto", devices=1, precision=fastest(cfg.precision), logger=logger, callbacks=[*([Cutter(cfg, data.dataset)] if cfg.splice else []), keeper, Panel(dev)],
         gradient_clip_val=cfg.clip_norm, check_val_every_n_epoch=cfg.check_every, num_sanity_val_steps=0, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=10, default_root_dir=str(out))
     last = out/"checkpoints"/"last.ckpt"

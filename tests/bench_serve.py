@@ -1,0 +1,173 @@
+"""Load on the served application, beside the same recogniser in process and behind plain FastAPI and uvicorn. Into reports/benchmarks/serve.json.
+
+Clips of 3 s. Locust (from pip, in an environment of its own) is the load generator: closed loop with 1, 4, 16 and 64 clients, then an open one at half of the
+throughput that was found. It has the same cores as what it measures, so all ratios are of runs in turns; its own CPU time is not counted as the server's.
+
+    python tests/bench_serve.py [--seconds 12] [--rounds 2]
+"""
+import argparse, io, json, os, platform, subprocess, sys, tempfile, time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+
+from voicelab.audio import read_audio, wav_bytes
+from voicelab.core import free_port, git_commit, package_path, utc_now, write_json
+from voicelab.export import export_bundle
+from voicelab.importers import import_corpus
+from voicelab.model import load_model
+from voicelab.recognizer import Recognizer
+from voicelab.registry import Registry
+from voicelab.server import server
+
+OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "serve.json"
+LOCUST = "locust==2.43.0"
+CLIENTS = (1, 4, 16, 64)
+LOADS = """
+import itertools, os
+from pathlib import Path
+from locust import FastHttpUser, constant_throughput, task
+clips, turn = [p.read_bytes() for p in sorted(Path(os.environ["CLIPS"]).glob("*.wav"))], itertools.count()
+HEAD, TAIL = b'--x\\r\\nContent-Disposition: form-data; name="file"; filename="a.wav"\\r\\nContent-Type: audio/wav\\r\\n\\r\\n', b"\\r\\n--x--\\r\\n"
+class App(FastHttpUser):
+    if os.environ.get("PACE"): wait_time = constant_throughput(float(os.environ["PACE"]))
+    @task
+    def ask(self): self.client.post("/v1/audio/transcriptions", data=HEAD + clips[next(turn) % len(clips)] + TAIL, headers={"Content-Type": "multipart/form-data; boundary=x"})
+"""
+PLAIN = """
+import asyncio, sys, uvicorn
+from concurrent.futures import ThreadPoolExecutor
+from fastapi import FastAPI, UploadFile
+from voicelab.audio import decode_audio
+from voicelab.recognizer import Recognizer
+from voicelab.serve import Batcher
+r, app, threads = Recognizer(sys.argv[1], threads=2), FastAPI(), ThreadPoolExecutor(4)
+batcher = Batcher(lambda items: r.transcribe(items), 8, .003)
+@app.post("/v1/audio/transcriptions")
+async def transcribe(file: UploadFile):
+    samples = await asyncio.get_running_loop().run_in_executor(threads, lambda data: decode_audio(data)[0], await file.read())
+    return dict(text=(await batcher.submit(samples))["text"])
+@app.get("/readyz")
+async def ready(): return {}
+uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
+"""
+
+
+def tree(pid):
+    "A process and its descendants."
+    out = [pid]
+    for p in out:
+        for t in Path(f"/proc/{p}/task").glob("*/children"):
+            try: out += map(int, t.read_text().split())
+            except OSError: pass
+    return out
+
+
+def used(pid):
+    "CPU seconds and resident megabytes of a process and its descendants."
+    cpu, mb = 0., 0.
+    for p in tree(pid):
+        try:
+            fields = Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()
+            cpu += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            mb += int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        except OSError: pass
+    return cpu, mb
+
+
+def load(url, clients, seconds, folder, pace=None):
+    "What Locust measured: requests/s, failures, percentiles in ms."
+    (folder / "loads.py").write_text(LOADS)
+    uv = Path(sys.executable).parent / "uv"
+    done = subprocess.run([str(uv), "run", "-q", "--no-project", "--python", sys.executable, "--with", LOCUST, "locust", "-f", str(folder / "loads.py"), "--headless", "-H", url, "-u", str(clients), "-r", str(clients),
+                           "-t", f"{seconds}s", "--csv", str(folder / "out"), "--only-summary", "--stop-timeout", "10"],
+                          capture_output=True, text=True, env=dict(os.environ, CLIPS=str(folder / "clips"), PACE=str(pace / clients) if pace else ""))
+    if not (folder / "out_stats.csv").is_file(): raise SystemExit(f"locust failed: {done.stderr[-800:]}")
+    r = pd.read_csv(folder / "out_stats.csv").iloc[-1]
+    return dict(requests=int(r["Request Count"]), failures=int(r["Failure Count"]), per_s=float(r["Requests/s"]), p50=float(r["50%"]), p95=float(r["95%"]), p99=float(r["99%"]))
+
+
+@contextmanager
+def plain(bundle):
+    "The same recogniser and batches behind plain FastAPI."
+    port = free_port()
+    proc = subprocess.Popen([sys.executable, "-c", PLAIN, str(bundle), str(port)])
+    try:
+        for _ in range(100):
+            try: httpx.get(f"http://127.0.0.1:{port}/readyz"); break
+            except httpx.HTTPError: time.sleep(.2)
+        yield f"http://127.0.0.1:{port}", proc.pid
+    finally:
+        proc.terminate()
+        proc.wait()
+
+
+def in_process(bundle, clips, clients, seconds):
+    "Requests/s and CPU seconds a clip of the recogniser alone, in batches of as many clips as there are clients, 8 at most."
+    r, n, size = Recognizer(bundle, threads=2), 0, min(clients, 8)
+    r.transcribe(clips[:size])
+    times, cpu, start = [], time.process_time(), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        t = time.perf_counter()
+        r.transcribe([clips[(n + i) % len(clips)] for i in range(size)])
+        times.append(time.perf_counter() - t)
+        n += size
+    return dict(per_s=n / (time.perf_counter() - start), cpu_ms=1000 * (time.process_time() - cpu) / n, p50=1000 * np.median(times), p95=1000 * np.quantile(times, .95))
+
+
+def child_of(url):
+    "The process that listens at an address of ours: the newest child with `run_server` in its command."
+    mine = [p for p in tree(os.getpid()) if b"run_server" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return mine[0]
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--seconds", type=int, default=12)
+    p.add_argument("--rounds", type=int, default=2)
+    a = p.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        bundle = export_bundle(load_model(package_path("base")), tmp / "bundle", dict(name="base"), lm=package_path("base") / "lm.npz")
+        registry = Registry(tmp / "registry")
+        registry.promote("voicesearch", registry.register(bundle, "voicesearch"), "bench", "bench")
+        speech = [read_audio(f) for f in import_corpus("an4").query("split == 'dev' and duration >= 3").audio_filepath.head(24)]
+        clips = [x[:48000] for x in speech]
+        (tmp / "clips").mkdir()
+        for i, x in enumerate(clips): (tmp / "clips" / f"{i:02}.wav").write_bytes(wav_bytes(x))
+        for n in range(a.rounds):
+            for clients in CLIENTS: rows.append(dict(what="in process", round=n, clients=clients) | in_process(bundle, clips, clients, a.seconds / 2))
+            with plain(bundle) as (url, pid): rows += measured("fastapi", n, url, pid, tmp, a.seconds)
+            with server(env=dict(VOICELAB_HOME=str(tmp), VOICELAB_QUEUE="64", VOICELAB_LOG_LEVEL="warning")) as url: rows += measured("voicelab", n, url, child_of(url), tmp, a.seconds)
+    t = pd.DataFrame(rows)
+    print(t.round(1).to_string())
+    closed = t[t.clients.isin(CLIENTS) & t.pace.isna()]
+    speed = closed.pivot_table(index=["round", "clients"], columns="what", values="per_s")
+    own = closed[closed.what == "in process"].groupby("clients").cpu_ms.mean()
+    extra = closed[closed.what == "voicelab"].groupby("clients").cpu_ms.mean() - own
+    alone = closed[closed.clients == 1].groupby("what").p95.mean()
+    said = dict(to_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), to_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
+                cpu_ms_beyond_recogniser=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10))
+    print(json.dumps(said, indent=1))
+    write_json(OUT, dict(said, table=json.loads(t.to_json(orient="records")), measured_by=f"python {' '.join(['tests/bench_serve.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))
+
+
+def measured(what, n, url, pid, folder, seconds):
+    "Closed loops with more and more clients, then an open one at half of the best throughput."
+    load(url, 4, 4, folder)                                                                # warm
+    rows = []
+    def one(clients, pace=None):
+        before = used(pid)
+        r = load(url, clients, seconds, folder, pace)
+        after = used(pid)
+        rows.append(dict(what=what, round=n, clients=clients, pace=pace) | r | dict(cpu_ms=1000 * (after[0] - before[0]) / max(r["requests"], 1), mb=after[1]))
+        print(rows[-1], flush=True)
+    for clients in CLIENTS: one(clients)
+    one(16, .5 * max(r["per_s"] for r in rows))
+    return rows
+
+
+if __name__ == "__main__": main()
