@@ -118,8 +118,8 @@ def adapt_lm(
     most: float = 20.,   # largest weight of one text
 ) -> NGram:
     "A model that knows the old texts and leans towards the new ones."
-    if lm is None: return train_lm(texts)
     texts = list(texts)
+    if lm is None: return train_lm(texts, least=1 if len(texts) < 5000 else 2)      # of few texts each row counts
     before, now = float(lm.tables[0][1].sum()), sum(len(encode(t)) + 1 for t in texts)
     return train_lm(texts, lm.order, 1, lm, min(max(share * before / max(now, 1), 1.), most))
 
