@@ -133,7 +133,7 @@ def main():
         tmp = Path(tmp)
         bundle = export_bundle(load_model(package_path("base")), tmp / "bundle", dict(name="base"), lm=package_path("base") / "lm.npz")
         registry = Registry(tmp / "registry")
-        registry.promote("voicesearch", registry.register(bundle, "voicesearch"), "bench", "bench")
+        registry.promote("voicesearch", registry.register("voicesearch", bundle), "bench", "bench")
         speech = [read_audio(f) for f in import_corpus("an4").query("split == 'dev' and duration >= 3").audio_filepath.head(24)]
         clips = [x[:48000] for x in speech]
         (tmp / "clips").mkdir()

@@ -29,6 +29,7 @@ SETTINGS = dict(  # name: (type, default, what it does)
     PORT=(int, 8000, "port that the server listens on"),
     MAX_BYTES=(int, 25_000_000, "largest upload in bytes"),
     MAX_SECONDS=(float, 5400.0, "longest clip in seconds; more than half a minute is cut into utterances"),
+    UPLOAD_SECONDS=(float, 60.0, "how long a request may take to arrive"),
     BATCH=(int, 8, "largest micro-batch of clips"),
     BATCH_WAIT_MS=(float, 3.0, "how long a clip waits for company, in milliseconds"),
     QUEUE=(int, 32, "clips that may wait; one more is answered 503 with Retry-After"),

@@ -181,36 +181,45 @@ def adjust(
     out[order] = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1)).clip(max=1)
     return out
 
-# %% ../nbs/27_errors.ipynb #7ad35bd4
+# %% ../nbs/27_errors.ipynb #7df8a88c
+def _measures(e, w, m, units):  # what a slice with mask m has and costs, without its test
+    by_unit, spoken = (np.bincount(units[m], x[m]) for x in (e, w))
+    lo, hi = bootstrap(by_unit[spoken > 0], spoken[spoken > 0])
+    return dict(n=int(m.sum()), units=int((spoken > 0).sum()), words=int(w[m].sum()), share=w[m].sum() / w.sum(), errors=int(e[m].sum()), wer=e[m].sum() / w[m].sum(), lo=lo, hi=hi)
+
+def _pair(e, w, a, b, units, least):  # (difference from the side that is nearer, p) of clips that are in both slices; None where it is too small
+    both = a & b
+    if both.sum() < least or min((a & ~b).sum(), (b & ~a).sum()) < least or not all(w[m].sum() for m in (both, a & ~b, b & ~a)): return None
+    (d1, p1, k), (d2, p2, _) = (_against_rest(e[side], w[side], both[side], units[side]) for side in (a, b))
+    if k < 3: return None
+    return (min(d1, d2, key=abs), max(p1, p2)) if d1 * d2 > 0 else (0., 1.)
+
 def slices(
     table: pd.DataFrame,  # an `error_table` with tag columns
     tags=None,            # columns to cut along; None: every column that can be cut
     groups="speaker",     # units that go together; where the column is missing: utterances
     least=20,             # clips a slice needs to be tested
     alpha=.05,            # false discovery rate
-) -> pd.DataFrame:        # tag, value, n, units, words, share, errors, wer, lo, hi, rest, extra, p, finding; worst first
+    pairs=True,           # look at pairs of slices of two tags, too
+) -> pd.DataFrame:        # tag, value, n, units, words, share, errors, wer, lo, hi, rest, extra, p, finding; worst first. A pair: "a & b"; its rest is the better of its sides' others
     "Every slice against the rest, ranked by the errors that it costs beyond the rest's rate."
     t = table if "errors" in table else error_table(table)
     if tags is not None and (bad := [c for c in tags if c not in t]): raise InputError(f"no column {bad[0]}; allowed are {', '.join(map(str, t.columns))}")
     e, w = t["errors"].to_numpy(float), t["words"].to_numpy(float)
-    units = unit_codes(t.get(groups), len(t))
-    rows = []
+    units, cuts, rows = unit_codes(t.get(groups), len(t)), [], []
     for tag in tags if tags is not None else [c for c in t if c not in _NOT_TAGS]:
         if (labels := _labels(t[tag])) is None: continue
-        for value in sorted(labels.dropna().unique()):
-            m = (labels == value).to_numpy()
-            if not w[m].sum() or not w[~m].sum(): continue
-            diff, p, k = _against_rest(e, w, m, units)
-            few = m.sum() < least or k < 3
-            by_unit, spoken = (np.bincount(units[m], x[m]) for x in (e, w))
-            lo, hi = bootstrap(by_unit[spoken > 0], spoken[spoken > 0])
-            rate = e[m].sum() / w[m].sum()
-            rows.append(dict(tag=tag, value=value, n=int(m.sum()), units=k, words=int(w[m].sum()), share=w[m].sum() / w.sum(), errors=int(e[m].sum()),
-                             wer=rate, lo=lo, hi=hi, rest=rate - diff, extra=diff * w[m].sum(), p=math.nan if few else p))
-    out = pd.DataFrame(rows, columns=["tag", "value", "n", "units", "words", "share", "errors", "wer", "lo", "hi", "rest", "extra", "p"])
-    tested = out.p.notna()
-    out.loc[tested, "p"] = adjust(out.p[tested])
-    out["finding"] = np.where(~tested, "too few", np.where(out.p >= alpha, "within noise", np.where(out.extra > 0, "worse", "better")))
+        cuts += [(tag, v, m) for v in sorted(labels.dropna().unique()) if w[m := (labels == v).to_numpy()].sum() and w[~m].sum()]
+    for tag, value, m in cuts:
+        diff, p, k = _against_rest(e, w, m, units)
+        rows.append(dict(tag=tag, value=value, mask=m, diff=diff, p=math.nan if m.sum() < least or k < 3 else p))
+    for i, (tag, value, m) in enumerate(cuts if pairs else []):
+        rows += [dict(tag=f"{tag} & {other}", value=f"{value or '(none)'} & {v or '(none)'}", mask=m & n, diff=got[0], p=got[1], pair=True) for other, v, n in cuts[i + 1:] if other != tag and (got := _pair(e, w, m, n, units, least))]
+    for family, times in (([r for r in rows if "pair" not in r and not math.isnan(r["p"])], 1), ([r for r in rows if "pair" in r], 5)):
+        for r, p in zip(family, adjust([r["p"] for r in family])): r["p"] = min(times * p, 1.)
+    out = [dict(tag=r["tag"], value=r["value"]) | (own := _measures(e, w, r["mask"], units)) | dict(rest=own["wer"] - r["diff"], extra=r["diff"] * own["words"], p=r["p"]) for r in rows if not r.get("pair") or r["p"] < alpha]
+    out = pd.DataFrame(out, columns=["tag", "value", "n", "units", "words", "share", "errors", "wer", "lo", "hi", "rest", "extra", "p"])
+    out["finding"] = np.where(out.p.isna(), "too few", np.where(out.p >= alpha, "within noise", np.where(out.extra > 0, "worse", "better")))
     return out.sort_values("extra", ascending=False, ignore_index=True)
 
 # %% ../nbs/27_errors.ipynb #cafa72fb

@@ -164,7 +164,9 @@ async def read_form(
         raise ApiError(400, f"the body is {request.headers.get('content-type') or 'of no stated type'}; it must be multipart/form-data", None, "bad_content_type")
     limit = setting("MAX_BYTES")
     fields = {}
-    try: form = await _InMemory(request.headers, _body(request, limit + 100_000), limit + 100_000).parse()
+    try:
+        async with asyncio.timeout(setting("UPLOAD_SECONDS")): form = await _InMemory(request.headers, _body(request, limit + 100_000), limit + 100_000).parse()
+    except TimeoutError: raise ApiError(408, f"the upload took longer than {setting('UPLOAD_SECONDS'):g} seconds", None, "upload_timeout") from None
     except (MultiPartException, UnicodeDecodeError, KeyError) as e: raise ApiError(400, f"the multipart body cannot be read: {getattr(e, 'message', e)}", None, "bad_multipart") from None
     try:
         for name, value in form.multi_items():
@@ -665,13 +667,13 @@ _CLIP = dict(file=dict(type="string", format="binary", description="wav, flac, m
 
 def _answers(*codes) -> dict:
     "The error answers that a route documents."
-    why = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page, or a key without the scope", 429: "Too many requests with this key: see Retry-After", 404: "Not found", 413: "Too large", 500: "Failure of the server", 503: "Busy: see Retry-After"}
+    why = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page, or a key without the scope", 429: "Too many requests with this key: see Retry-After", 404: "Not found", 408: "Too slow an upload", 413: "Too large", 500: "Failure of the server", 503: "Busy: see Retry-After"}
     return {c: dict(description=why[c], content=_ERROR) for c in (400, 401, 403, 429, 500, *codes)}
 
 # %% ../nbs/35_serve.ipynb #dc3cc54a
 def _speech_routes(app: FastAPI, service: Service):
     "Transcription and search."
-    @app.post("/v1/audio/transcriptions", responses=_answers(404, 413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP,
+    @app.post("/v1/audio/transcriptions", responses=_answers(404, 408, 413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP,
         model="the served model, or nothing", language="en", prompt="accepted, not used", response_format=dict(type="string", enum=list(FORMATS)),
         temperature="accepted, not used", hotwords="as keywords, in one text", stream=dict(type="boolean"), **{
         "timestamp_granularities[]": _TEXTS | dict(description="word, segment"), "include[]": _TEXTS | dict(description="logprobs")}))
@@ -686,7 +688,7 @@ def _speech_routes(app: FastAPI, service: Service):
         if extra := sorted(set(fields) - {"file", "keywords", "hotwords", "k"}): raise ApiError(400, f"unknown field {extra[0][:40]!r}; known: file, keywords, hotwords, k", extra[0][:40], "unknown_field")
         return dict(file=_upload(fields), keywords=_keywords(fields), nbest=5, k=_number(fields, "k", 1, 50, 5))
 
-    @app.post("/v1/search", responses=_answers(413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP, k=dict(type="integer", description="how many results, 1 to 50")))
+    @app.post("/v1/search", responses=_answers(408, 413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP, k=dict(type="integer", description="how many results, 1 to 50")))
     async def search(request: Request) -> Response:
         "A spoken query: what was heard, and what was found."
         form, result = await _clip_request(service, request, check_search)
@@ -699,7 +701,9 @@ def _speech_routes(app: FastAPI, service: Service):
 # %% ../nbs/35_serve.ipynb #a80afa88
 async def _json(request: Request, **types) -> dict:
     "A small JSON body, its fields checked: `name=(type, required)`."
-    body = b"".join([part async for part in _body(request, 64_000)])
+    try:
+        async with asyncio.timeout(setting("UPLOAD_SECONDS")): body = b"".join([part async for part in _body(request, 64_000)])
+    except TimeoutError: raise ApiError(408, f"the body took longer than {setting('UPLOAD_SECONDS'):g} seconds", None, "upload_timeout") from None
     try: given = json.loads(body)
     except (ValueError, RecursionError): raise ApiError(400, "the body is not JSON", None, "bad_json") from None
     if not isinstance(given, dict): raise ApiError(400, f"the body is a JSON {type(given).__name__}; it must be an object", None, "bad_json")
@@ -715,7 +719,7 @@ def _person_routes(app: FastAPI, service: Service):
     body = dict(requestBody=dict(required=True, content={"application/json": dict(schema=dict(type="object", required=["request_id", "correct"], properties=dict(
         request_id=dict(type="string"), correct=dict(type="boolean"), correction=dict(type=["string", "null"]))))}))
 
-    @app.post("/v1/feedback", responses=_answers(413, 503), tags=["person"], openapi_extra=body)
+    @app.post("/v1/feedback", responses=_answers(408, 413, 503), tags=["person"], openapi_extra=body)
     async def feedback(request: Request) -> Response:
         "Was a transcript right? Kept as far as its request's consent goes."
         given = await _json(request, request_id=(str, True), correct=(bool, True), correction=(str, False))

@@ -88,6 +88,7 @@ def _forward(path):
 
 # %% ../nbs/37_server.ipynb #7eb52e9e
 _RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_THROUGHPUT_OPTIMIZED="1", RAY_SERVE_ENABLE_DIRECT_INGRESS="0", RAY_SERVE_USE_GRPC_BY_DEFAULT="0",
+                RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="voicelab.front:middlewares",
                 RAY_enable_worker_prestart="0", RAY_prestart_worker_first_driver="0", RAY_enable_metrics_collection="0", OMP_NUM_THREADS="1",
                 RAY_worker_register_timeout_seconds="300", RAY_worker_niceness="0",   # by default 15: anything else on the machine would go first
                  RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
@@ -171,7 +172,7 @@ def _start(host: str, port: int, model, told: threading.Event):
         end_lines()
         shutil.rmtree(folder, ignore_errors=True)
     serve.start(http_options=dict(host=host, port=port, **_tls()), logging_config=dict(log_level="WARNING", enable_access_log=False))
-    deployment = serve.deployment(name="voicelab", num_replicas=1, max_ongoing_requests=10_000, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
+    deployment = serve.deployment(name="voicelab", num_replicas=1, max_ongoing_requests=10_000, max_queued_requests=100, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
     application = serve.run(deployment(serve.ingress()(_Replica)).bind(model, f"{folder}/lines"), name="voicelab", route_prefix="/")
     application._init(_run_router_in_separate_loop=True)       # we have no event loop here
     return stop

@@ -234,11 +234,12 @@ class Cutter(pl.Callback):
     def __init__(self, cfg: TrainConfig, clips: Clips): self.cfg, self.clips = cfg, clips
 
     def cut(self, model):
-        was, ear, cuts, hop = model.training, TorchRecognizer(model), [], model.cfg.stride * SAMPLE_RATE // 100
-        for i, words in enumerate(self.clips.splicer.words):
-            x = self.clips.store[i]
-            spans = word_spans(align(ear.log_probs([x])[0].astype(float), encode(" ".join(words))))
-            cuts.append([quietest(x, a[-1].start * hop, max(b[0].end, a[-1].start + 1) * hop) for a, b in zip(spans, spans[1:])])
+        was, ear, cuts, hop, said = model.training, TorchRecognizer(model), [], model.cfg.stride * SAMPLE_RATE // 100, self.clips.splicer.words
+        for start in range(0, len(said), 16):
+            clips = [self.clips.store[i] for i in range(start, min(start + 16, len(said)))]
+            for x, words, lp in zip(clips, said[start:], ear.log_probs(clips)):
+                spans = word_spans(align(lp.astype(float), encode(" ".join(words))))
+                cuts.append([quietest(x, a[-1].start * hop, max(b[0].end, a[-1].start + 1) * hop) for a, b in zip(spans, spans[1:])])
         model.train(was)
         write_json(self.clips.splicer.path, cuts)
 

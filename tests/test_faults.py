@@ -1,0 +1,192 @@
+"""What goes wrong in production, done to a real server: a recogniser killed, a full disk, uploads that never end, uploads that mean harm."""
+import io, json, os, signal, socket, struct, subprocess, threading, time, wave
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import state_with
+
+from voicelab.audio import wav_bytes
+from voicelab.export import toy_tones
+from voicelab.server import server
+
+SAID = "a bad cab"
+CLIP = wav_bytes(toy_tones(SAID))
+POST = "/v1/audio/transcriptions"
+
+
+def say(url, clip=CLIP, timeout=60, **more): return httpx.post(url + POST, files=dict(file=("a.wav", clip)), timeout=timeout, **more)
+
+
+def processes(home) -> dict:
+    "Command lines of the processes of the server with this working state."
+    found = {}
+    for p in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(p.name) != os.getpid() and f"VOICELAB_HOME={home}".encode() in (p / "environ").read_bytes().split(b"\0"): found[int(p.name)] = (p / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError: pass
+    return found
+
+
+def resident(home) -> float:
+    "Megabytes that they hold."
+    total = 0
+    for pid in processes(home):
+        try: total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError: pass
+    return total / 2**20
+
+
+@pytest.fixture(scope="module")
+def home(toy_home, tmp_path_factory):
+    return state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def url(home):
+    with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_UPLOAD_SECONDS="5", VOICELAB_MAX_BYTES="2000000", VOICELAB_MAX_SECONDS="60", VOICELAB_LOG_LEVEL="error")) as url: yield url
+
+
+def test_stalled_uploads_hold_nobody_up(url):
+    "Forty connections that send half a request and then nothing: others are served as ever, and the stalled ones are told 408 when their time is over."
+    host = url.removeprefix("http://")
+    stalled = [socket.create_connection(host.split(":")) for _ in range(40)]
+    for s in stalled: s.sendall(f"POST {POST} HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 100000\r\n\r\n--x\r\n".encode())
+    with ThreadPoolExecutor(4) as pool: assert {r.json()["text"] for r in pool.map(lambda _: say(url), range(40))} == {SAID}
+    for s in stalled:
+        s.settimeout(60)
+        answer = ""
+        while "upload_timeout" not in answer and (part := s.recv(4096)): answer += part.decode()
+        assert answer.startswith("HTTP/1.1 408") and "upload_timeout" in answer, answer
+        s.close()
+    assert say(url).status_code == 200
+
+
+# ---- uploads that mean harm
+
+def header(rate=16000, channels=1, bits=16, kind=1, size=None, data=b"\0\0" * 800, block=None):
+    "A WAV file whose header says what it is told to."
+    n = len(data) if size is None else size
+    return struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", (36 + n) & 0xffffffff, b"WAVE", b"fmt ", 16, kind, channels & 0xffff, rate & 0xffffffff, 0, (channels * bits // 8 if block is None else block) & 0xffff, bits, b"data", n & 0xffffffff) + data
+
+
+def encoded(kind, seconds=.5, rate=16000, channels=1, value=None):
+    x = np.random.default_rng(0).standard_normal((int(seconds * rate), channels)).astype(np.float32) * .1
+    if value is not None: x[::3] = value
+    out = io.BytesIO()
+    sf.write(out, x, rate, format=kind, subtype="FLOAT" if kind == "WAV" and value is not None else None)
+    return out.getvalue()
+
+
+def hostile(rng) -> tuple:
+    "A request body and its content type, of a kind that is drawn."
+    good = [CLIP, encoded("FLAC"), encoded("OGG"), encoded("MP3", rate=16000)][rng.integers(4)]
+    def cut(b): return b[:int(rng.integers(len(b) + 1))]
+    def flipped(b):
+        b = bytearray(b)
+        for _ in range(int(rng.integers(1, 40))): b[int(rng.integers(min(len(b), 200) if rng.random() < .7 else len(b)))] = int(rng.integers(256))
+        return bytes(b)
+    makers = [
+        lambda: cut(good), lambda: flipped(good), lambda: b"", lambda: rng.bytes(int(rng.integers(1, 5000))), lambda: good[:44] + rng.bytes(2000), lambda: good + rng.bytes(3000), lambda: good * 3,
+        lambda: header(rate=int(rng.choice([0, 1, 100, 3999, 192001, 2**31, 2**32 - 1]))), lambda: header(channels=int(rng.choice([0, 9, 255, 65535]))), lambda: header(bits=int(rng.choice([0, 1, 7, 33, 64, 65535]))),
+        lambda: header(size=int(rng.choice([0, 1, 2**31, 2**32 - 1]))), lambda: header(kind=int(rng.choice([0, 2, 6, 7, 17, 85, 65534]))), lambda: header(block=int(rng.choice([0, 1, 65535]))),
+        lambda: encoded("WAV", value=float(rng.choice([np.nan, np.inf, -np.inf, 1e30]))), lambda: encoded("FLAC", seconds=120, rate=4000), lambda: encoded("FLAC", seconds=.001), lambda: encoded("WAV", rate=192000, channels=2),
+        lambda: b"RIFF" + rng.bytes(100), lambda: b"OggS" + rng.bytes(500), lambda: b"fLaC" + rng.bytes(500), lambda: b"ID3" + rng.bytes(500), lambda: b"\x1aE\xdf\xa3" + rng.bytes(500), lambda: b"\0\0\0\x20ftypM4A " + rng.bytes(500),
+        lambda: b"<?xml version='1.0'?><svg/>", lambda: b"GIF89a" + rng.bytes(100), lambda: b"PK\x03\x04" + rng.bytes(200), lambda: b"#EXTM3U\nhttp://127.0.0.1/\n", lambda: b"#!/bin/sh\nreboot\n", lambda: b"\xff" * 5000]
+    clip = makers[int(rng.integers(len(makers)))]()
+    mark = b"x" * int(rng.integers(1, 60))
+    fields = b"".join(b'--%s\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (mark, n, v) for n, v in [
+        (b"response_format", rng.choice([b"json", b"verbose_json", b"srt", b"xml", b"\xff\xfe"])), (b"temperature", rng.choice([b"nan", b"-1", b"1e309", b"0"])), (b"stream", rng.choice([b"true", b"2", b""])),
+        (b"keywords[]", rng.choice([b"cab", b"\x00", b"'" * 90, b"<script>", "é😀".encode()])), (b"nbest", rng.choice([b"-1", b"1e9", b"x"])), (b"model", rng.choice([b"../../etc/passwd", b"whisper-1"])),
+        (bytes(rng.choice([b"file", b"__proto__", b"a" * 300])), b"x")] if rng.random() < .12)
+    body = fields + b'--%s\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n%s\r\n--%s--\r\n' % (mark, rng.choice([b"a.wav", b"../../x", b"", b"\xff", b"a" * 3000]), clip, mark)
+    if rng.random() < .1: body = flipped(body) if rng.random() < .5 else cut(body)
+    kind = rng.choice(["multipart/form-data; boundary=" + mark.decode()] * 12 + ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=" + "y" * 400, "application/json", "text/plain; charset=nope", "multipart/mixed; boundary=x"])
+    return body, kind
+
+
+def test_hostile_uploads(url, home):
+    "Uploads that are broken, lie or mean harm: a 4xx with an error in our shape, or a 200; never a 5xx, none takes long, and the memory stays. VOICELAB_TEST_UPLOADS=10000 sends as many."
+    n, longest = int(os.environ.get("VOICELAB_TEST_UPLOADS", 600)), []
+    for _ in range(20): say(url)
+    before = resident(home)
+    def one(i):
+        body, kind = hostile(np.random.default_rng(i))
+        start = time.perf_counter()
+        with httpx.Client(timeout=30) as c: r = c.post(url + POST, content=body, headers={"content-type": kind})
+        longest.append(time.perf_counter() - start)
+        return i, r
+    with ThreadPoolExecutor(4) as pool: answers = list(pool.map(one, range(n)))
+    bad = [(i, r.status_code, r.text[:200]) for i, r in answers if not (r.status_code == 200 or 400 <= r.status_code < 500 and set(r.json()["error"]) == {"message", "type", "param", "code"})]
+    assert not bad, bad[:5]
+    codes = {r.status_code for _, r in answers}
+    assert {200, 400, 413} <= codes, codes                              # the generator reaches all of them
+    said = " ".join(r.text for _, r in answers if r.status_code >= 400)
+    assert not any(secret in said for secret in ("Traceback", str(home), "site-packages", ".py")), "an error tells of our files"
+    assert max(longest) < 25, max(longest)
+    assert resident(home) - before < 200, (before, resident(home))
+    assert say(url).json()["text"] == SAID
+
+
+# ---- a recogniser that dies
+
+def test_replica_killed_under_load(toy_home, tmp_path):
+    "kill -9 of the process with the model: each request gets its words or a 503 with Retry-After in our shape, nothing hangs, and within 15 seconds all is well."
+    home, answers, done = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path), [], threading.Event()
+    with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="off")) as url:
+        def load():
+            while not done.is_set():
+                start = time.perf_counter()
+                try: r = say(url, timeout=45)
+                except httpx.HTTPError as e: r = e
+                answers.append((start, time.perf_counter(), r))
+                if getattr(r, "status_code", 0) != 200: time.sleep(.2)
+        workers = [threading.Thread(target=load, daemon=True) for _ in range(4)]
+        for w in workers: w.start()
+        try:
+            end = time.time() + 60
+            while time.time() < end and len(answers) < 30: time.sleep(.05)
+            replica = [pid for pid, command in processes(home).items() if "ServeReplica" in command]
+            assert len(replica) == 1, processes(home)
+            os.kill(replica[0], signal.SIGKILL)
+            killed = time.perf_counter()
+            end = time.time() + 60
+            while time.time() < end and not any(s > killed + .5 and getattr(r, "status_code", 0) == 200 for s, _, r in list(answers)): time.sleep(.1)
+        finally:
+            done.set()
+            for w in workers: w.join()
+    odd = [r for _, _, r in answers if getattr(r, "status_code", r) not in (200, 503)]
+    assert not odd, [(getattr(r, "status_code", r), getattr(r, "headers", None), getattr(r, "text", None)) for r in odd[:3]]
+    refused = [r for _, _, r in answers if r.status_code == 503]
+    for r in refused: assert int(r.headers["retry-after"]) >= 1 and r.json()["error"]["code"] in ("unavailable", "overloaded"), r.text
+    well = min(e for s, e, r in answers if s > killed and r.status_code == 200)
+    assert well - killed < 15, well - killed
+    assert {r.json()["text"] for _, _, r in answers if r.status_code == 200} == {SAID}
+
+
+# ---- a disk that is full
+
+def test_full_disk(toy_home, tmp_path):
+    "Where the log's disk is full the words still come; that nothing was kept is said and counted; with space again the log goes on."
+    home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
+    (home / "log").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", home / "log"], capture_output=True).returncode: pytest.skip("a small file system can be mounted by root only")
+    try:
+        with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="off")) as url:
+            consent = dict(headers={"x-voicelab-consent": "audio,transcript", "x-voicelab-subject": "me"})
+            assert say(url, **consent).headers["x-voicelab-logged"] == "audio"
+            with open(home / "log" / "ballast", "wb", buffering=0) as f:
+                try:
+                    while f.write(b"\0" * 4096): pass
+                except OSError: pass
+            kept = [say(url, **consent) for _ in range(12)]
+            assert {r.status_code for r in kept} == {200} and {r.json()["text"] for r in kept} == {SAID}
+            assert kept[-1].headers["x-voicelab-logged"] == "none", [r.headers["x-voicelab-logged"] for r in kept]
+            lost = sum(r.headers["x-voicelab-logged"] != "audio" for r in kept)
+            assert f"voicelab_log_failures_total {lost}.0" in httpx.get(f"{url}/metrics", timeout=60).text
+            (home / "log" / "ballast").unlink()
+            assert say(url, **consent).headers["x-voicelab-logged"] == "audio"
+    finally: subprocess.run(["umount", "-l", home / "log"])
