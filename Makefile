@@ -11,7 +11,7 @@ export OPENBLAS_NUM_THREADS = 1
 # glibc gives the pages of a training step back and asks for them again, unless told to keep them
 LEARNING = MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve base clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve bench-search base audit clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -42,7 +42,7 @@ test: setup ## everything that CI runs: repository rules, notebooks, rooms, and 
 base: setup ## make the base model again (hours): voicelab/base
 	$(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve ## all benchmarks but bench-an4
+bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve bench-search ## all benchmarks but bench-an4
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
@@ -73,6 +73,12 @@ bench-labels: setup ## a twentieth of AN4's labels is spoilt: how many does the 
 
 bench-serve: setup ## requests a second and CPU time a request, against in process and plain FastAPI, into reports/benchmarks/serve.json
 	$(BIN)/python tests/bench_serve.py
+
+bench-search: setup ## is the right page among the first five results of a spoken query? into reports/benchmarks/search.json
+	$(BIN)/python tests/bench_search.py
+
+audit: setup ## known weaknesses of what the server needs; fails where a package's record cannot be read
+	$(BIN)/uv run -q --no-project --python $(BIN)/python --with pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r requirements-serve.lock
 
 lock: ## pin everything again, from requirements.in
 	$(BIN)/uv pip compile -q requirements.in --excludes requirements-without.in -o requirements.lock --python-version 3.11

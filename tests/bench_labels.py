@@ -3,11 +3,9 @@
 The models that judge are trained from scratch on the spoilt labels, in folds by speaker: none has heard the clip that it judges, or its true label.
 """
 import argparse, json, os, platform, time
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
-
-from pathlib import Path
 
 from voicelab.consistency import out_of_fold
 from voicelab.core import git_commit, home, utc_now, write_json

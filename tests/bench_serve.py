@@ -2,16 +2,18 @@
 
 Clips of 3 s. Locust (from pip, in an environment of its own) is the load generator: closed loop with 1, 4, 16 and 64 clients, then an open one at half of the
 throughput that was found. It has the same cores as what it measures, so all ratios are of runs in turns; its own CPU time is not counted as the server's.
+Then an open loop at four times the throughput that was found: what is answered, how soon, with how much memory, and whether all is well five seconds later.
 
-    python tests/bench_serve.py [--seconds 12] [--rounds 2]
+    python tests/bench_serve.py [--seconds 12] [--rounds 2] [--overload 60]
 """
-import argparse, io, json, os, platform, subprocess, sys, tempfile, time
-from contextlib import contextmanager
+import argparse, json, os, platform, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pandas as pd
+import psutil
 
 from voicelab.audio import read_audio, wav_bytes
 from voicelab.core import free_port, git_commit, package_path, utc_now, write_json
@@ -20,15 +22,21 @@ from voicelab.importers import import_corpus
 from voicelab.model import load_model
 from voicelab.recognizer import Recognizer
 from voicelab.registry import Registry
+from voicelab.scope import Scope
 from voicelab.server import server
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "serve.json"
 LOCUST = "locust==2.43.0"
 CLIENTS = (1, 4, 16, 64)
 LOADS = """
-import itertools, os
+import itertools, json, os
 from pathlib import Path
-from locust import FastHttpUser, constant_throughput, task
+from locust import FastHttpUser, constant_throughput, events, task
+said = []
+@events.request.add_listener
+def note(response_time, response, **more): said.append((response.status_code, response_time, bool(response.headers and response.headers.get("retry-after"))))
+@events.quitting.add_listener
+def keep(**more): Path(os.environ["SAID"]).write_text(json.dumps(said))
 clips, turn = [p.read_bytes() for p in sorted(Path(os.environ["CLIPS"]).glob("*.wav"))], itertools.count()
 HEAD, TAIL = b'--x\\r\\nContent-Disposition: form-data; name="file"; filename="a.wav"\\r\\nContent-Type: audio/wav\\r\\n\\r\\n', b"\\r\\n--x--\\r\\n"
 class App(FastHttpUser):
@@ -55,35 +63,21 @@ uvicorn.run(app, port=int(sys.argv[2]), log_level="warning")
 """
 
 
-def tree(pid):
-    "A process and its descendants."
-    out = [pid]
-    for p in out:
-        for t in Path(f"/proc/{p}/task").glob("*/children"):
-            try: out += map(int, t.read_text().split())
-            except OSError: pass
-    return out
-
-
 def used(pid):
     "CPU seconds and resident megabytes of a process and its descendants."
-    cpu, mb = 0., 0.
-    for p in tree(pid):
-        try:
-            fields = Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()
-            cpu += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            mb += int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        except OSError: pass
+    cpu = mb = 0.
+    for p in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with suppress(psutil.Error): cpu, mb = cpu + sum(p.cpu_times()[:2]), mb + p.memory_info().rss / 2**20
     return cpu, mb
 
 
 def load(url, clients, seconds, folder, pace=None):
-    "What Locust measured: requests/s, failures, percentiles in ms."
+    "What Locust measured: requests/s, failures, percentiles in ms; `said.json` has status, milliseconds and Retry-After of each answer."
     (folder / "loads.py").write_text(LOADS)
     uv = Path(sys.executable).parent / "uv"
     done = subprocess.run([str(uv), "run", "-q", "--no-project", "--python", sys.executable, "--with", LOCUST, "locust", "-f", str(folder / "loads.py"), "--headless", "-H", url, "-u", str(clients), "-r", str(clients),
                            "-t", f"{seconds}s", "--csv", str(folder / "out"), "--only-summary", "--stop-timeout", "10"],
-                          capture_output=True, text=True, env=dict(os.environ, CLIPS=str(folder / "clips"), PACE=str(pace / clients) if pace else ""))
+                          capture_output=True, text=True, env=dict(os.environ, CLIPS=str(folder / "clips"), SAID=str(folder / "said.json"), PACE=str(pace / clients) if pace else ""))
     if not (folder / "out_stats.csv").is_file(): raise SystemExit(f"locust failed: {done.stderr[-800:]}")
     r = pd.read_csv(folder / "out_stats.csv").iloc[-1]
     return dict(requests=int(r["Request Count"]), failures=int(r["Failure Count"]), per_s=float(r["Requests/s"]), p50=float(r["50%"]), p95=float(r["95%"]), p99=float(r["99%"]))
@@ -98,10 +92,18 @@ def plain(bundle):
         for _ in range(100):
             try: httpx.get(f"http://127.0.0.1:{port}/readyz"); break
             except httpx.HTTPError: time.sleep(.2)
+        else: raise SystemExit("the plain application did not start within 20 s")
         yield f"http://127.0.0.1:{port}", proc.pid
     finally:
         proc.terminate()
         proc.wait()
+
+
+@contextmanager
+def ours(home, **env):
+    "The served application, with its usual settings but for what is given."
+    with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="warning", **env)) as url:
+        yield url, next(p.pid for p in psutil.Process().children() if any("run_server" in c for c in p.cmdline()))
 
 
 def in_process(bundle, clips, clients, seconds):
@@ -117,16 +119,33 @@ def in_process(bundle, clips, clients, seconds):
     return dict(per_s=n / (time.perf_counter() - start), cpu_ms=1000 * (time.process_time() - cpu) / n, p50=1000 * np.median(times), p95=1000 * np.quantile(times, .95))
 
 
-def child_of(url):
-    "The process that listens at an address of ours: the newest child with `run_server` in its command."
-    mine = [p for p in tree(os.getpid()) if b"run_server" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    return mine[0]
+def overload(url, pid, folder, capacity, seconds):
+    "Four times as many requests as can be answered, for a while; then five seconds of rest and one client."
+    load(url, 1, 5, folder)
+    calm, mb, done = json.loads((folder / "said.json").read_text()), [used(pid)[1]], threading.Event()
+    def watch():
+        while not done.wait(1): mb.append(used(pid)[1])
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    r = load(url, 256, seconds, folder, 4 * capacity)
+    done.set()
+    watcher.join()
+    t = pd.DataFrame(json.loads((folder / "said.json").read_text()), columns=["status", "ms", "retry_after"])
+    time.sleep(5)
+    load(url, 1, 5, folder)
+    after = json.loads((folder / "said.json").read_text())
+    good = t[t.status == 200]
+    return dict(asked_per_s=round(4 * capacity, 1), sent_per_s=r["per_s"], seconds=seconds, statuses={str(k): int(v) for k, v in t.status.value_counts().items()},
+                without_retry_after=int((t.status.isin([429, 503]) & ~t.retry_after).sum()), accepted_per_s=round(len(good) / seconds, 1), accepted_p50_ms=float(good.ms.median()), accepted_p95_ms=float(good.ms.quantile(.95)),
+                refused_p95_ms=float(t[t.status != 200].ms.quantile(.95)), limit_ms=Scope().targets["latency_p95_ms"], mb_before=mb[0], mb_middle=mb[len(mb) // 2], mb_most=max(mb), mb_end=mb[-1],
+                calm_p95_ms=float(np.quantile([x[1] for x in calm], .95)), after_p95_ms=float(np.quantile([x[1] for x in after], .95)), after_not_200=sum(x[0] != 200 for x in after))
 
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--seconds", type=int, default=12)
     p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--overload", type=int, default=60, metavar="SECONDS")
     a = p.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -141,8 +160,9 @@ def main():
         for n in range(a.rounds):
             for clients in CLIENTS: rows.append(dict(what="in process", round=n, clients=clients) | in_process(bundle, clips, clients, a.seconds / 2))
             with plain(bundle) as (url, pid): rows += measured("fastapi", n, url, pid, tmp, a.seconds)
-            with server(env=dict(VOICELAB_HOME=str(tmp), VOICELAB_QUEUE="64", VOICELAB_LOG_LEVEL="warning")) as url: rows += measured("voicelab", n, url, child_of(url), tmp, a.seconds)
-    t = pd.DataFrame(rows)
+            with ours(tmp, VOICELAB_QUEUE="64") as (url, pid): rows += measured("voicelab", n, url, pid, tmp, a.seconds)
+        t = pd.DataFrame(rows)
+        with ours(tmp) as (url, pid): too_much = overload(url, pid, tmp, t[(t.what == "voicelab") & t.pace.isna()].per_s.max(), a.overload)
     print(t.round(1).to_string())
     closed = t[t.clients.isin(CLIENTS) & t.pace.isna()]
     speed = closed.pivot_table(index=["round", "clients"], columns="what", values="per_s")
@@ -150,7 +170,7 @@ def main():
     extra = closed[closed.what == "voicelab"].groupby("clients").cpu_ms.mean() - own
     alone = closed[closed.clients == 1].groupby("what").p95.mean()
     said = dict(to_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), to_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
-                cpu_ms_beyond_recogniser=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10))
+                cpu_ms_beyond_recogniser=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10), overload=too_much)
     print(json.dumps(said, indent=1))
     write_json(OUT, dict(said, table=json.loads(t.to_json(orient="records")), measured_by=f"python {' '.join(['tests/bench_serve.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))
 

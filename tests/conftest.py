@@ -1,7 +1,9 @@
 """What several tests need: a working state of their own, a model in its registry, a running server."""
 import glob, os, shutil, subprocess, tempfile
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from websockets.sync import client
 
@@ -13,6 +15,13 @@ from voicelab.registry import Registry
 def connect(url, **more):
     "A WebSocket, with time enough for a busy machine."
     return client.connect(url, **{"open_timeout": 60, **more})
+
+
+def processes(home) -> list:
+    "The processes of a server with this working state, but not ourselves."
+    def of(p):
+        with suppress(psutil.Error): return p.pid != os.getpid() and p.environ().get("VOICELAB_HOME") == str(home)
+    return [p for p in psutil.process_iter() if of(p)]
 
 
 @pytest.fixture(scope="session")

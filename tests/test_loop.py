@@ -249,8 +249,6 @@ def test_drift_on_recordings_of_people():
 
 def test_hard_clips_are_no_wrong_rate(tmp_path):
     "What the queue hands out is high and fast more often than not: verification of a corpus would call that a wrong sample rate, the labels are kept."
-    from voicelab.audio import read_audio, write_wav
-    from voicelab.core import sha256_file
     from voicelab.distort import speed
     from voicelab.retrain import _sorted_out
     from voicelab.synth import make_voicesearch

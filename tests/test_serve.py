@@ -1,7 +1,7 @@
 """The real server, over real HTTP: formats, bad input, overload, consent on the disk, kill -9, swap, OpenAI's client."""
 import io, json, os, re, shutil, signal, socket, sqlite3, ssl, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import av
@@ -9,10 +9,11 @@ import httpx
 import numpy as np
 import openai
 import pandas as pd
+import psutil
 import pytest
 import soundfile as sf
 import soxr
-from conftest import connect, state_with
+from conftest import connect, processes, state_with
 from websockets.exceptions import InvalidStatus
 
 from voicelab.audio import wav_bytes
@@ -374,11 +375,10 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
         for w in workers: w.start()
         end = time.time() + 60
         while time.time() < end and len(more) < 6: time.sleep(.05)
-        mine = [int(p.name) for p in Path("/proc").glob("[0-9]*") if is_of(p, home)]
+        mine = processes(home)
         assert mine
-        for pid in mine:
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+        for p in mine:
+            with suppress(psutil.NoSuchProcess): p.kill()
         for w in workers: w.join()
     assert more
     rows = RequestLog().rows().set_index("request_id")
@@ -387,14 +387,8 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
     assert RequestLog().verify_audit()["broken_at"] is None
     with server(env=dict(VOICELAB_HOME=str(home), VOICELAB_SEARCH_DOCS=str(docs))) as url: assert say(url).json()["text"] == SAID
     end = time.time() + 30
-    while time.time() < end and (left := [p for p in Path("/proc").glob("[0-9]*") if is_of(p, home)]): time.sleep(.2)
+    while time.time() < end and (left := processes(home)): time.sleep(.2)
     assert left == []       # and nothing of it stays
-
-
-def is_of(proc: Path, home) -> bool:
-    "Is this a process of a server with this working state (but not ourselves)?"
-    try: return int(proc.name) != os.getpid() and f"VOICELAB_HOME={home}".encode() in (proc / "environ").read_bytes().split(b"\0")
-    except OSError: return False
 
 
 # ---- what a serving machine installs

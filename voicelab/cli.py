@@ -117,16 +117,15 @@ def _page(title, said, body):
 
 def cmd_data_consistency(a):
     "where transcripts break the guide, and what is written in two ways"
-    from voicelab.consistency import breaches, two_ways
+    from voicelab.consistency import off_guide, two_ways
     table = _manifest(a.source)
-    broken = [dict(utterance_id=u, text=t, **b) for u, t in zip(table.utterance_id, table.text) for b in breaches(t)]
-    ways = two_ways(table.text)
+    broken, ways = off_guide(table), two_ways(table.text)
     if a.json: _print(dict(breaches=broken, two_ways=ways), True)
     else:
-        for b in broken: print(f"{b['utterance_id']}: {b['rule']}: {b['found']!r} in {b['text']!r}" + (f", write {b['instead']!r}" if b["instead"] is not None else ""))
+        for b in broken.itertuples(): print(f"{b.utterance_id}: {b.rule}: {b.found!r} in {b.text!r}" + (f", write {b.instead!r}" if isinstance(b.instead, str) else ""))
         for w in ways.itertuples(): print(f"{w.what} in {len(w.ways)} ways: {', '.join(f'{k!r} {n}' for k, n in w.ways.items())}")
         print(f"{len(broken)} breaches of the guide, {len(ways)} things written in more than one way, in {len(table)} transcripts")
-    return 1 if broken or len(ways) else 0
+    return 1 if len(broken) or len(ways) else 0
 
 def cmd_data_suspects(a):
     "labels that are probably wrong: those that models which have not learnt them believe least"
@@ -141,10 +140,11 @@ def cmd_data_curve(a):
     "what more data would bring: the same training on growing parts of it, and the law that they follow"
     from voicelab.curve import forecast, grow, held_back, in_words
     cfg, target = _train_config(a.parameter), a.target / 100
+    if not 0 < target < 1: raise InputError(f"target is {a.target:g}; it must be a word error rate between 0 and 100 percent")
     measured = grow(_manifest(a.manifest), a.out, cfg, a.shares, a.init)
     measured.to_csv(Path(a.out)/"curve.csv", index=False)
     found = forecast(measured)
-    checked = held_back(measured) if (found.points.hours <= .55 * found.points.hours.max()).sum() >= 2 else None
+    checked = held_back(measured)
     if a.json: return _print(dict(points=found.points, forecast=in_words(found, target), held_back=checked), True)
     _print(found.points.round(4), False)
     if checked: print("from half of the data {predicted:.1%} ({lo:.1%} to {hi:.1%}) was to be expected of all of it; measured: {measured:.1%}".format(**checked))
@@ -383,7 +383,8 @@ def cmd_retrain(a):
     from voicelab.manifest import load_version
     from voicelab.recognizer import Recognizer
     from voicelab.requestlog import RequestLog
-    from voicelab.retrain import behaviour_checks, compare, gate, serving_check, settle, successor, train_challenger
+    from voicelab.behaviour import behaviour_checks
+    from voicelab.retrain import compare, gate, serving_check, settle, successor, train_challenger
     name = setting("MODEL")
     folder, label, record = _champion(name)
     parent = record["lineage"]["dataset_version"]
@@ -393,7 +394,7 @@ def cmd_retrain(a):
     new = Recognizer(bundle)
     frozen, fresh = table[table.split == ("test" if (table.split == "test").any() else "dev")], table[(table.split == "traffic") & table["parent_request"].notna()]
     slices = {k or "ordinary": compare(rows, old, new) for k, rows in fresh.groupby("slice")}
-    checks = pd.concat([behaviour_checks(old, new, [read_audio(p) for p in frozen.audio_filepath.head(40)]), serving_check(bundle, folder)])
+    checks = pd.concat([behaviour_checks(old, new, [read_audio(p) for p in frozen.audio_filepath.head(40)], frozen.text.head(40).tolist()), serving_check(bundle, folder)])
     guards = {k: slices.pop(k) for k in ["ordinary"] if k in slices}
     decision = gate(compare(frozen, old, new), slices, checks, guards)
     out = settle(name, bundle, decision, record["version"], dict(dataset_version=made["version"], audit=made["audit"], run=trained["run"]))

@@ -6,7 +6,7 @@
 __all__ = ['PowerLaw', 'fit_law', 'Forecast', 'forecast', 'in_words', 'held_back', 'plot_curve', 'parts', 'grow']
 
 # %% ../nbs/46_curve.ipynb #51d36a2f
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -106,13 +106,13 @@ def in_words(
     return f"{now:.1%} with {have:.2f} hours: to reach {target:.1%} takes about {need:.1f} more hours of this kind, between {lo:.1f} and {'more than can be said' if np.isinf(hi) else f'{hi:.1f}'}; {twice}"
 
 def held_back(
-    table: pd.DataFrame,  # as for `forecast`, three sizes or more
+    table: pd.DataFrame,  # as for `forecast`
     seed: int = 0,
-) -> dict:                # predicted, lo, hi (from the sizes up to half), measured (at the largest), inside
+) -> dict:                # predicted, lo, hi (from the sizes up to half), measured (at the largest), inside; None with fewer than two sizes up to half
     "The forecast of the largest size from the sizes up to half of it, beside what was measured there."
     most = table.hours.max()
     part = table[table.hours <= .55 * most]
-    if part.hours.nunique() < 2: raise InputError(f"sizes are {sorted(table.hours.unique())} hours; two of them must be half of the largest or less")
+    if part.hours.nunique() < 2: return None
     rate, lo, hi = forecast(part, seed=seed).at(most)
     full = table[table.hours == most]
     measured = full.errors.sum() / max(full.words.sum(), 1)

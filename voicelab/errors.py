@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['alignment_text', 'alignment_html', 'confusions', 'seen_words', 'worst', 'player', 'clips_html', 'worst_html',
-           'difference', 'in_words', 'difference_html', 'adjust', 'slices', 'plot_rates', 'bias_variance', 'priorities']
+           'difference', 'in_words', 'difference_html', 'adjust', 'slices', 'plot_rates', 'bias_variance', 'remedy',
+           'priorities']
 
 # %% ../nbs/27_errors.ipynb #0d9fbdd2
 import base64, html, math
@@ -279,6 +280,20 @@ _LEVERS = dict(
     young="collect or synthesise such voices; pitch and speed augmentation in their range", noisy="mix recorded noise into training at these SNRs",
     age="collect or synthesise voices of this group", accent="collect or synthesise this accent", device="augment with this device's codec and response", region="collect clips from this region",
     kind="more and more varied sentences of this kind; check its word list", duration="train on clips of this length: join short ones or cut long ones", words="train on sentences of this length", source="check how this source was recorded and labelled")
+
+_NOISY = dict(noise=.7, noises=["street", "car", "coloured"], snr_db=[0., 25.])
+
+def remedy(
+    what: str,   # of `priorities`: "tag = value"
+) -> dict:       # changes of `Augment`, by name; empty where another lever is needed
+    "The lever of a slice as the parameter `augment` of the training phase, where augmentation can help."
+    tag, _, value = what.partition(" = ")
+    tags = tag.split(" & ")
+    if {"noise", "snr_db"} & set(tags) or value == "noisy": return dict(_NOISY)
+    if "duration" in tags: return dict(silence=.6, silence_s=[0., 1.5])
+    if value == "young" or "age" in tags: return dict(pitch=.5, semitones=[-2., 5.])
+    if "device" in tags: return dict(phone=.2, band=.3, opus=.3)
+    return {}
 
 def _reference(scope, tag, value):  # target of a slice: its own, else the overall one
     return scope.targets.get(f"wer_{value}" if tag == "slice" and value else "wer", scope.targets.get("wer", 0.))

@@ -77,7 +77,7 @@ def to_html(
     exporter.mermaid_js_url = ""
     return write_text(Path(notebook).with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
-_TRAINS = ("0_base", "3_train", "7_retrain")
+_TRAINS = ("0_base", "3_train", "7_retrain", "8_noise")
 _KEEP_PAGES = dict(MALLOC_MMAP_THRESHOLD_="2000000000", MALLOC_TRIM_THRESHOLD_="8000000000")  # glibc: the tensors of a step stay for the next one
 
 def _execute(notebook, report, params):

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'ApiError', 'error_response', 'split_words', 'segments', 'subtitles', 'answer', 'event_stream', 'read_form',
            'check_form', 'Batcher', 'Models', 'Metrics', 'Service', 'joined', 'Envelope', 'build_app']
 
-# %% ../nbs/35_serve.ipynb #93397318
+# %% ../nbs/35_serve.ipynb #ffd3a540
 import asyncio, contextvars, json, math, mimetypes, re, secrets, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from collections import deque
@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from . import contract
 from .audio import AudioError, AudioReader, audio_stats
 from .core import InputError, home, package_path, read_json, setting
 from .decode import Keywords, decode
@@ -653,30 +654,14 @@ async def _as_it_is_done(service, seen, reader, piece, options, form, place):
         finally: await _record(service, seen, *clip)
         if clip: yield _done(result, form["logprobs"], voicelab=dict(request_id=seen["id"], model=seen["model"], logged=seen["logged"], receipt=seen["receipt"]))
 
-# %% ../nbs/35_serve.ipynb #fc77ba3b
-def _schema(*required, **fields) -> dict:
-    "OpenAPI for a multipart form."
-    props = {n: dict(type="string", description=d) if isinstance(d, str) else d for n, d in fields.items()}
-    return dict(requestBody=dict(required=True, content={"multipart/form-data": dict(schema=dict(type="object", required=list(required), properties=props))}))
-
-_ERROR = {"application/json": {"schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "properties": {
-    n: {"type": ["string", "null"]} for n in ("message", "type", "param", "code")}}}}}}
-_TEXTS = dict(type="array", items=dict(type="string"))
-_CLIP = dict(file=dict(type="string", format="binary", description="wav, flac, mp3, m4a, ogg or webm; 4 to 192 kHz, up to 8 channels"),
-             **{"keywords[]": _TEXTS | dict(description="words to listen for")})
-
-def _answers(*codes) -> dict:
-    "The error answers that a route documents."
-    why = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page, or a key without the scope", 429: "Too many requests with this key: see Retry-After", 404: "Not found", 408: "Too slow an upload", 413: "Too large", 500: "Failure of the server", 503: "Busy: see Retry-After"}
-    return {c: dict(description=why[c], content=_ERROR) for c in (400, 401, 403, 429, 500, *codes)}
-
-# %% ../nbs/35_serve.ipynb #dc3cc54a
+# %% ../nbs/35_serve.ipynb #3769ee07
 def _speech_routes(app: FastAPI, service: Service):
     "Transcription and search."
-    @app.post("/v1/audio/transcriptions", responses=_answers(404, 408, 413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP,
-        model="the served model, or nothing", language="en", prompt="accepted, not used", response_format=dict(type="string", enum=list(FORMATS)),
-        temperature="accepted, not used", hotwords="as keywords, in one text", stream=dict(type="boolean"), **{
-        "timestamp_granularities[]": _TEXTS | dict(description="word, segment"), "include[]": _TEXTS | dict(description="logprobs")}))
+    @app.post("/v1/audio/transcriptions", responses=contract.answers(contract.TRANSCRIPT, 404, 408, 413, also=["text/plain", "application/x-subrip", "text/vtt", "text/event-stream"]), tags=["speech"], openapi_extra=contract.form("file", **contract.CLIP,
+        model="the served model, or nothing", language=dict(type="string", pattern="^[eE][nN]", description="en"), prompt="accepted, not used", response_format=contract.one_of(*FORMATS),
+        temperature=dict(type="number", minimum=0, maximum=1, description="accepted, not used"), stream=dict(type="boolean", description="with response_format json or text"), **{
+        "timestamp_granularities[]": dict(type="array", items=contract.one_of("word", "segment"), description="with response_format verbose_json"),
+        "include[]": dict(type="array", items=contract.one_of("logprobs"), description="with response_format json or verbose_json")}))
     async def transcriptions(request: Request) -> Response:
         "Speech to text, as OpenAI's API."
         ours = {service.models.label, service.models.label.split("@")[0]}
@@ -688,7 +673,7 @@ def _speech_routes(app: FastAPI, service: Service):
         if extra := sorted(set(fields) - {"file", "keywords", "hotwords", "k"}): raise ApiError(400, f"unknown field {extra[0][:40]!r}; known: file, keywords, hotwords, k", extra[0][:40], "unknown_field")
         return dict(file=_upload(fields), keywords=_keywords(fields), nbest=5, k=_number(fields, "k", 1, 50, 5))
 
-    @app.post("/v1/search", responses=_answers(408, 413, 503), tags=["speech"], openapi_extra=_schema("file", **_CLIP, k=dict(type="integer", description="how many results, 1 to 50")))
+    @app.post("/v1/search", responses=contract.answers(contract.FOUND, 408, 413), tags=["speech"], openapi_extra=contract.form("file", **contract.CLIP, k=dict(type="integer", minimum=1, maximum=50, description="how many results")))
     async def search(request: Request) -> Response:
         "A spoken query: what was heard, and what was found."
         form, result = await _clip_request(service, request, check_search)
@@ -698,7 +683,7 @@ def _speech_routes(app: FastAPI, service: Service):
         return JSONResponse({k: result[k] for k in ("text", "confidence", "words", "duration", "model")} | dict(
             results=found, request_id=seen["id"], logged=seen["logged"], receipt=seen["receipt"]))
 
-# %% ../nbs/35_serve.ipynb #a80afa88
+# %% ../nbs/35_serve.ipynb #f8a5a89c
 async def _json(request: Request, **types) -> dict:
     "A small JSON body, its fields checked: `name=(type, required)`."
     try:
@@ -716,10 +701,8 @@ async def _json(request: Request, **types) -> dict:
 
 def _person_routes(app: FastAPI, service: Service):
     "What a person can say about, and take back from, the log."
-    body = dict(requestBody=dict(required=True, content={"application/json": dict(schema=dict(type="object", required=["request_id", "correct"], properties=dict(
-        request_id=dict(type="string"), correct=dict(type="boolean"), correction=dict(type=["string", "null"]))))}))
-
-    @app.post("/v1/feedback", responses=_answers(408, 413, 503), tags=["person"], openapi_extra=body)
+    @app.post("/v1/feedback", responses=contract.answers(contract.KEPT, 408, 413), tags=["person"],
+              openapi_extra=contract.json_body(request_id="string", correct="boolean", **{"correction?": dict(type=["string", "null"], maxLength=2000)}))
     async def feedback(request: Request) -> Response:
         "Was a transcript right? Kept as far as its request's consent goes."
         given = await _json(request, request_id=(str, True), correct=(bool, True), correction=(str, False))
@@ -729,53 +712,53 @@ def _person_routes(app: FastAPI, service: Service):
         request.scope["state"]["seen"]["logged"] = level
         return JSONResponse(dict(request_id=given["request_id"], logged=level))
 
-    @app.delete("/v1/subjects/{subject}", responses=_answers(503), tags=["person"])
+    @app.delete("/v1/subjects/{subject}", responses=contract.answers(contract.GONE), tags=["person"])
     async def forget(subject: str) -> Response:
         "Erase all that is kept of a subject, or under a receipt: log, recordings, label tasks, rows in datasets."
         try: gone = await service.thread("log", erase_everywhere, subject, service.log)
         except Exception: raise ApiError(503, "the log cannot be written now; try again in a moment", None, "log_unavailable", retry_after=5) from None
         return JSONResponse(dict(deleted=True) | {k: gone[k] for k in ("rows", "audio", "tasks", "labels", "models")} | dict(datasets=len(gone["datasets"])))
 
-# %% ../nbs/35_serve.ipynb #945bb312
+# %% ../nbs/35_serve.ipynb #931d8619
 def _model_routes(app: FastAPI, service: Service):
     "Models, health, metrics."
     def card(label): return dict(id=label.split("@")[0], object="model", created=0, owned_by="voicelab", version=label)
 
-    @app.get("/v1/models", responses=_answers(), tags=["server"])
+    @app.get("/v1/models", responses=contract.answers(contract.MODELS), tags=["server"])
     async def models() -> Response:
         "The model that is served."
         return JSONResponse(dict(object="list", data=[card(service.models.label)]))
 
-    @app.get("/v1/models/{model}", responses=_answers(404), tags=["server"])
+    @app.get("/v1/models/{model}", responses=contract.answers(contract.MODEL, 404), tags=["server"])
     async def model(model: str) -> Response:
         "The served model by name or name@version."
         label = service.models.label
         if model not in (label, label.split("@")[0]): raise ApiError(404, f"the model {model[:60]!r} does not exist here; see /v1/models", "model", "model_not_found")
         return JSONResponse(card(label))
 
-    @app.get("/v1/monitor", responses=_answers(), tags=["server"])
+    @app.get("/v1/monitor", responses=contract.answers(contract.REPORT), tags=["server"])
     async def monitor() -> Response:
         "The newest monitoring report; null when there is none yet."
         reports = sorted(home("monitor", "x").parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
         return JSONResponse(dict(window=reports[-1].stem, report=read_json(reports[-1])) if reports else dict(window=None, report=None))
 
-    @app.get("/healthz", tags=["server"])
+    @app.get("/healthz", responses=contract.answers(contract.ALIVE), tags=["server"])
     async def healthz() -> Response:
         "Alive."
         return JSONResponse(dict(status="ok"))
 
-    @app.get("/readyz", responses=_answers(503), tags=["server"])
+    @app.get("/readyz", responses=contract.answers(contract.READY), tags=["server"])
     async def readyz() -> Response:
         "A model is loaded; a newer one that was refused is named. A server that is stopping answers 503."
         return JSONResponse(dict(status="ready", model=service.models.label, problem=bool(service.models.problem)))
 
-    @app.get("/metrics", tags=["server"])
+    @app.get("/metrics", responses=contract.answers(None, also=["text/plain"]), tags=["server"])
     async def metrics() -> Response:
         "Prometheus metrics."
         service.metrics.model.info(dict(model=service.models.label))
         return Response(prom.generate_latest(service.metrics.registry), media_type=prom.CONTENT_TYPE_LATEST)
 
-# %% ../nbs/35_serve.ipynb #c2f5688e
+# %% ../nbs/35_serve.ipynb #5f625481
 def _page_routes(app: FastAPI):
     "The static pages; they are read once, so a request cannot reach any other file."
     files = {p.name: (p.read_bytes(), mimetypes.guess_type(p.name)[0] or "application/octet-stream") for p in sorted(package_path("web").glob("*.*"))}
@@ -798,5 +781,6 @@ def build_app(
     _person_routes(app, service)
     _model_routes(app, service)
     _page_routes(app)
+    contract.keep_true(app)
     app.add_middleware(Envelope, service=service, outer_id=outer_id)
     return app

@@ -66,7 +66,6 @@ class TrainConfig:
             elif not isinstance(v, want) or (want is int and isinstance(v, bool)): raise InputError(f"{f.name} is {v!r}; it must be {want.__name__}")
         if self.consistency < 0 or self.plain < 0: raise InputError(f"consistency is {self.consistency} and plain is {self.plain}; they must not be below 0")
         if not (0 <= self.phones < 1 and 0 <= self.splice <= 1 and self.splice_from >= 0): raise InputError(f"phones is {self.phones}, splice {self.splice} and splice_from {self.splice_from}; they must be 0 to below 1, 0 to 1, and not below 0")
-        if self.phones and (self.encoder or self.layers < 2): raise InputError(f"phones is {self.phones} with {'encoder ' + self.encoder if self.encoder else f'layers {self.layers}'}; it needs our own model of two layers or more")
         self.model         # its own checks, before anything starts
         for name in ("epochs", "batch_seconds", "lr", "average", "check_every"):
             if not getattr(self, name) > 0: raise InputError(f"{name} is {getattr(self, name)!r}; it must be above 0")
@@ -353,6 +352,7 @@ def train(
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_num_threads(setting("THREADS"))
     model, parent, language = _start(init, cfg)
+    if cfg.phones and (model.cfg.encoder or model.cfg.layers < 2): raise InputError(f"phones is {cfg.phones} with {f'encoder {model.cfg.encoder}' if model.cfg.encoder else f'{model.cfg.layers} layers'}; it needs our own model, of two layers or more")
     if cfg.epochs * tr.duration.sum() > _LONG and not (out/"checkpoints"/"last.ckpt").exists(): print("learnt six clips by heart in {steps} steps".format(**by_heart(model, cfg, tr)), flush=True)
     data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
     if cfg.splice: data.dataset.splicer = Splicer([t.split() for t in tr.text], out/"cuts.json", tr.speaker.fillna(""), cfg.splice, cfg.splice_from)
