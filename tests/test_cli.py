@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from voicelab.audio import write_wav
+from voicelab.core import read_json
+from voicelab.evaluate import counts
 from voicelab.export import toy_tones
+from voicelab.importers import import_corpus
 
+ROOT = Path(__file__).parent.parent
 VOICELAB = Path(sys.executable).parent / "voicelab"
 
 
@@ -54,6 +58,18 @@ def test_transcribe_json(toy_home, tmp_path):
     for r in rows:
         assert r["model"] == "voicesearch@1" and 0 <= r["confidence"] <= 1
         assert all(0 <= w["start"] < w["end"] <= r["duration"] and 0 <= w["confidence"] <= 1 for w in r["words"])
+
+
+def test_the_an4_model_repeats_its_claim(corpora):
+    "The bundle in reports/ makes as many errors on AN4's dev speakers as the ledger says, through the command line."
+    folder = ROOT / "reports" / "benchmarks" / "an4"
+    dev = import_corpus("an4").query("split == 'dev'")
+    done = run("transcribe", "--json", "--model", folder / "model", *dev.audio_filepath)
+    assert done.returncode == 0, done.stderr
+    errors = sum(counts(t, r["text"])["errors"] for t, r in zip(dev.text, json.loads(done.stdout), strict=True))
+    claims = [read_json(f)["dev_int8_wer"]["errors"] for f in folder.glob("seed-*.json")]
+    assert abs(errors - min(claims)) <= 1, (errors, claims)          # another processor may round another way
+    assert sum(f.stat().st_size for f in (folder / "model").iterdir()) < 6e6
 
 
 def test_language_model_of_a_text_file(toy_home, tmp_path):

@@ -205,7 +205,7 @@ def resolve(self: Registry,
 ) -> tuple:  # folder, label
     "The folder and the label of whatever way a model was asked for."
     spec = str(spec)
-    if (Path(spec)/"model.onnx").is_file():
+    if any((Path(spec)/f).is_file() for f in ("model.onnx", "model.int8.onnx")):
         info = read_json(Path(spec)/"version.json") if (Path(spec)/"version.json").is_file() else None
         return Path(spec), f"{info['name']}@{info['version']}" if info else Path(spec).resolve().name
     if set(spec) & set("/\\"): raise InputError(f"model {spec!r} is no folder with a model.onnx; give a folder, name@version, a version or an alias")
