@@ -52,7 +52,7 @@ def json_body(
     "A JSON object."
     return _body("application/json", shape(fields) | dict(additionalProperties=False))
 
-_HEADERS = {"x-request-id": dict(type="string", pattern="^[A-Za-z0-9_-]{1,64}$", description="how this request is called in logs and answers; otherwise the server names it"),
+_HEADERS = {"x-request-id": dict(type="string", pattern="^[A-Za-z0-9_-]{0,64}$", description="how this request is called in logs and answers; otherwise the server names it"),
             "x-voicelab-consent": dict(type="string", description="what may be kept, of metrics, transcript, audio, training; by default nothing"),
             "x-voicelab-subject": dict(type="string", description="who speaks, in the app's own words; what is kept can be erased by it"),
             "x-voicelab-region": dict(type="string", description="where from"), "x-voicelab-device": dict(type="string", description="kind of microphone")}
@@ -74,7 +74,7 @@ def answers(
     also=(),      # other media types of a 200
 ) -> dict:        # for FastAPI's `responses`
     "The answers that a route gives."
-    content = ({"application/json": dict(schema=shape(good))} if good else {}) | {t: dict(schema=dict(type="string")) for t in also}
+    content = ({"application/json": dict(schema=shape(good))} if good else {}) | {t: {} if t == "text/event-stream" else dict(schema=dict(type="string")) for t in also}     # events have shapes of their own
     return {200: dict(description="Done", content=content)} | {c: dict(description=_WHY[c], content={"application/json": dict(schema=shape(ERROR))}) for c in (400, 401, 403, 429, 500, 503, *codes)}
 
 # %% ../nbs/05_contract.ipynb #56f2da7e

@@ -8,7 +8,7 @@ __all__ = ['Front', 'middlewares']
 # %% ../nbs/04_front.ipynb #31d5d25a
 import json
 
-# %% ../nbs/04_front.ipynb #3715bc35
+# %% ../nbs/04_front.ipynb #f2f295b6
 _MINE, _RETRY = b"x-voicelab-model", 3   # a header that each answer of the application has; seconds until trying again makes sense
 _BODY = json.dumps(dict(error=dict(message=f"the recogniser is not available now; try again in {_RETRY} seconds", type="server_error", param=None, code="unavailable"))).encode()
 
@@ -19,6 +19,7 @@ class Front:
     ): self.app = app
 
     async def __call__(self, scope, receive, send):
+        scope = scope | dict(headers=[(k, v if k.lower() != b"x-request-id" or all(32 < c < 127 for c in v) else b"!") for k, v in scope.get("headers", [])])
         if scope["type"] != "http" or scope["path"].startswith("/-/"): return await self.app(scope, receive, send)   # Ray's own routes
         started = replaced = False
         async def instead(headers=()):

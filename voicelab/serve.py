@@ -519,7 +519,7 @@ _ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where t
 def _refusal(seen: dict, path: str, keys: Keys):
     "The `ApiError` for a request that must not go further, or None."
     headers = seen["headers"]
-    if not re.fullmatch(r"[\w-]{1,64}", seen["id"]): return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", seen["id"]): return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
     if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
     if not keys.needed() or not (path.startswith("/v1/") or path in _ADMIN): return None
