@@ -208,7 +208,7 @@ def resolve(self: Registry,
     if any((Path(spec)/f).is_file() for f in ("model.onnx", "model.int8.onnx")):
         info = read_json(Path(spec)/"version.json") if (Path(spec)/"version.json").is_file() else None
         return Path(spec), f"{info['name']}@{info['version']}" if info else Path(spec).resolve().name
-    if set(spec) & set("/\\"): raise InputError(f"model {spec!r} is no folder with a model.onnx; give a folder, name@version, a version or an alias")
+    if set(spec) & set("/\\"): raise InputError(f"model {spec!r} is no folder with a model.onnx or model.int8.onnx; give a folder, name@version, a version or an alias")
     name, at, ref = spec.partition("@")
     if not at: name, ref = (spec, "champion") if spec in self.names() else (setting("MODEL"), spec)
     path = self.get(name, ref)

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from .confidence import calibrate
 from .core import InputError, home, read_json, sha256_file, utc_now, write_json
 from .decode import load_fusion
-from .evaluate import TorchRecognizer, counts, evaluate, paired_bootstrap, summary
+from .evaluate import TorchRecognizer, evaluate, paired_bootstrap, summary
 from .export import export_bundle
 from .manifest import load_version, write_version
 from .model import load_model, save_model

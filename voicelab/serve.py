@@ -658,7 +658,7 @@ async def _as_it_is_done(service, seen, reader, piece, options, form, place):
 def _speech_routes(app: FastAPI, service: Service):
     "Transcription and search."
     @app.post("/v1/audio/transcriptions", responses=contract.answers(contract.TRANSCRIPT, 404, 408, 413, also=["text/plain", "application/x-subrip", "text/vtt", "text/event-stream"]), tags=["speech"], openapi_extra=contract.form("file", **contract.CLIP,
-        model="the served model, or nothing", language=dict(type="string", pattern="^[eE][nN]", description="en"), prompt="accepted, not used", response_format=contract.one_of(*FORMATS),
+        model="the served model, or nothing", language=dict(type="string", pattern="^([eE][nN]([gG][lL][iI][sS][hH])?(-.*)?)?$", description="en"), prompt="accepted, not used", response_format=contract.one_of(*FORMATS),
         temperature=dict(type="number", minimum=0, maximum=1, description="accepted, not used"), stream=dict(type="boolean", description="with response_format json or text"), **{
         "timestamp_granularities[]": dict(type="array", items=contract.one_of("word", "segment"), description="with response_format verbose_json"),
         "include[]": dict(type="array", items=contract.one_of("logprobs"), description="with response_format json or verbose_json")}))
