@@ -509,7 +509,9 @@ def _seen(scope, model: str) -> dict:
     "What the layer knows of a request: id, start, consent and who sent it."
     headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
     def short(name): return headers.get(name, "").strip()[:64] or None
-    return dict(id=headers.get("x-request-id") or secrets.token_hex(16), start=time.perf_counter(), model=model, status=200, headers=headers,
+    named = headers.get("x-request-id") or secrets.token_hex(16)
+    well = bool(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", named))
+    return dict(id=named if well else secrets.token_hex(16), named_well=well, start=time.perf_counter(), model=model, status=200, headers=headers,
                 consent=consent_scopes(headers.get("x-voicelab-consent")), subject=headers.get("x-voicelab-subject", "").strip()[:256] or None,
                 policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None,
                 stages=[], bytes=0, audio_s=None, code=None)
@@ -519,7 +521,7 @@ _ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where t
 def _refusal(seen: dict, path: str, keys: Keys):
     "The `ApiError` for a request that must not go further, or None."
     headers = seen["headers"]
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", seen["id"]): return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
+    if not seen["named_well"]: return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
     if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
     if not keys.needed() or not (path.startswith("/v1/") or path in _ADMIN): return None
@@ -534,8 +536,7 @@ class Envelope:
     def __init__(self,
         app,  # the ASGI application
         service: Service,  # for metrics and the model's name
-        outer_id: bool = False,  # does a layer outside ours (Ray Serve's) add x-request-id?
-    ): self.app, self.service, self.outer_id = app, service, outer_id
+    ): self.app, self.service = app, service
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
@@ -563,8 +564,7 @@ class Envelope:
 
     def _headers(self, seen, there) -> list:
         "The headers that every answer has."
-        ours = {"x-voicelab-model": seen["model"], "x-voicelab-logged": seen["logged"]} | _SECURITY
-        if not self.outer_id: ours["x-request-id"] = seen["id"]
+        ours = {"x-request-id": seen["id"], "x-voicelab-model": seen["model"], "x-voicelab-logged": seen["logged"]} | _SECURITY
         if seen["receipt"]: ours["x-voicelab-receipt"] = seen["receipt"]
         return [(k.encode(), v.encode("latin-1", "replace")) for k, v in ours.items() if k.encode() not in there]
 
@@ -772,7 +772,6 @@ def _page_routes(app: FastAPI):
 
 def build_app(
     service: Service,  # what the routes share
-    outer_id: bool = False,  # does a layer outside add x-request-id? Ray Serve does
 ) -> FastAPI:
     "The web application, for any ASGI server."
     app = FastAPI(title="voicelab", version="1", description="Voice search: speech to text, and search by voice.", docs_url=None, redoc_url=None)
@@ -782,5 +781,5 @@ def build_app(
     _model_routes(app, service)
     _page_routes(app)
     contract.keep_true(app)
-    app.add_middleware(Envelope, service=service, outer_id=outer_id)
+    app.add_middleware(Envelope, service=service)
     return app

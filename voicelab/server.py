@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import uvicorn
 
 from .core import InputError, free_port, home, setting
+from .front import start_front
 from .keys import Keys
 from .live import add_live
 from .observe import Lines, Spans
@@ -45,14 +47,22 @@ def _purge_hourly(log: RequestLog):
         time.sleep(3600)
 
 class _Replica:
-    "What Ray Serve runs: the web application, built inside the replica's process."
-    def __init__(self, model, lines):
+    "What Ray Serve runs and, when it dies, starts again: the web application, on a Unix socket, in a thread with an event loop of its own."
+    def __init__(self, model, folder):
         import ray.serve._private.replica as r
         listen = r.add_port_to_grpc_server
         r.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))   # Ray 2.60 binds this one to all addresses
         self.service = make_service(model)
-        self.service.lines = Lines(out=_Pipe(lines, self.service.metrics.lines_lost.inc))
-    def __serve_build_asgi_app__(self): return add_live(build_app(self.service, outer_id=True), self.service)
+        self.service.lines = Lines(out=_Pipe(f"{folder}/lines", self.service.metrics.lines_lost.inc))
+        app = add_live(build_app(self.service), self.service)
+        self.web = uvicorn.Server(uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off"))
+        self.thread = threading.Thread(target=self.web.run, daemon=True, name="web")
+        self.thread.start()
+        while not self.web.started:
+            if not self.thread.is_alive(): raise InputError(f"the application cannot listen on {folder}/app.sock")
+            time.sleep(.02)
+    def check_health(self):
+        if not self.thread.is_alive(): raise RuntimeError("the web application ended")
     async def drain(self, seconds: float) -> int:
         left = await self.service.drain(seconds)
         self.service.spans.flush()
@@ -87,11 +97,9 @@ def _forward(path):
     return end
 
 # %% ../nbs/37_server.ipynb #7eb52e9e
-_RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_THROUGHPUT_OPTIMIZED="1", RAY_SERVE_ENABLE_DIRECT_INGRESS="0", RAY_SERVE_USE_GRPC_BY_DEFAULT="0",
-                RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="voicelab.front:middlewares",
+_RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_ENABLE_DIRECT_INGRESS="0", RAY_SERVE_USE_GRPC_BY_DEFAULT="0",
                 RAY_enable_worker_prestart="0", RAY_prestart_worker_first_driver="0", RAY_enable_metrics_collection="0", OMP_NUM_THREADS="1",
                 RAY_worker_register_timeout_seconds="300", RAY_worker_niceness="0",   # by default 15: anything else on the machine would go first
-                 RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
                 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")   # with this, also on Linux, Ray's processes listen on 127.0.0.1 only
 
 def _lean_ray():
@@ -164,17 +172,18 @@ def _start(host: str, port: int, model, told: threading.Event):
     def stop():
         try: application.drain.remote(limit).result(timeout_s=limit + 5)
         except Exception as e: Lines()("error", "not drained", error=f"{type(e).__name__}: {e}")
-        for actor in ray.util.list_named_actors(all_namespaces=True):      # no new connections: else Ray would answer 404 while it takes the application down
-            if actor["name"].startswith("SERVE_PROXY_ACTOR"):
-                with suppress(Exception): ray.kill(ray.get_actor(**actor))
+        front.terminate()                                    # no new connections
+        front.wait()
         serve.shutdown()
         ray.shutdown()
         end_lines()
         shutil.rmtree(folder, ignore_errors=True)
-    serve.start(http_options=dict(host=host, port=port, **_tls()), logging_config=dict(log_level="WARNING", enable_access_log=False))
-    deployment = serve.deployment(name="voicelab", num_replicas=1, max_ongoing_requests=10_000, max_queued_requests=100, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
-    application = serve.run(deployment(serve.ingress()(_Replica)).bind(model, f"{folder}/lines"), name="voicelab", route_prefix="/")
+    serve.start(proxy_location="Disabled", logging_config=dict(log_level="WARNING", enable_access_log=False))      # the front takes its place
+    deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
+    application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
     application._init(_run_router_in_separate_loop=True)       # we have no event loop here
+    if _tls(): Path(folder, "tls.pem").write_text("\n".join(Path(f).read_text() for f in _tls().values()))      # the folder is ours alone
+    front = start_front(folder, host, port)
     return stop
 
 def run_server(
