@@ -33,6 +33,7 @@ SETTINGS = dict(  # name: (type, default, what it does)
     BATCH=(int, 8, "largest micro-batch of clips"),
     BATCH_WAIT_MS=(float, 3.0, "how long a clip waits for company, in milliseconds"),
     QUEUE=(int, 32, "clips that may wait; one more is answered 503 with Retry-After"),
+    WAIT_MS=(float, 300.0, "longest wait for the recogniser that is expected of a clip, in milliseconds; one that would wait longer is answered 503 with Retry-After"),
     STREAMS=(int, 16, "live connections that may be open at once"),
     LOG_LEVEL=(str, "info", "lines of JSON that the server writes to standard error: debug, info, warning, error or off"),
     DRAIN_SECONDS=(float, 30.0, "how long a server that is told to stop lets accepted requests take to finish"),

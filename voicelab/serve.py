@@ -23,7 +23,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from . import contract
-from .audio import AudioError, AudioReader, audio_stats
+from .audio import SAMPLE_RATE, AudioError, AudioReader, audio_stats
 from .core import InputError, home, package_path, read_json, setting
 from .decode import Keywords, decode
 from .keys import Keys
@@ -250,9 +250,10 @@ class Batcher:
         size: int,  # largest batch
         wait: float,  # seconds that an item waits for company
         seen=None,  # called with the size of each batch
+        weigh=lambda item: 1,  # item -> how much work it is
     ):
-        self.run, self.size, self.wait, self.seen = run, size, wait, seen or (lambda n: None)
-        self.waiting, self.task = [], None
+        self.run, self.size, self.wait, self.seen, self.weigh = run, size, wait, seen or (lambda n: None), weigh
+        self.waiting, self.task, self.company, self.ahead = [], None, False, 0       # ahead: the work that is not done yet
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="recognise")
 
     async def submit(self,
@@ -262,9 +263,12 @@ class Batcher:
         "The result of one item; raises what `run` raised for it."
         one = dict(item=item, done=asyncio.get_running_loop().create_future(), asked=time.perf_counter())
         self.waiting.append(one)
+        work = self.weigh(item)
+        self.ahead += work
         if self.task is None or self.task.done(): self.task = asyncio.create_task(self._work())
         try: return await one["done"]
         finally:
+            self.ahead -= work
             now = time.perf_counter()
             spent("queue", one["asked"], one.get("began", now))
             if "began" in one: spent("recognise", one["began"], now)
@@ -272,13 +276,14 @@ class Batcher:
     async def _work(self):
         "Run batches until nobody waits."
         while self.waiting:
-            if len(self.waiting) < self.size: await asyncio.sleep(self.wait)
+            if self.company and len(self.waiting) < self.size: await asyncio.sleep(self.wait)
             batch, self.waiting = self.waiting[:self.size], self.waiting[self.size:]
             batch = [b for b in batch if not b["done"].done()]      # who hung up is not worked for
             if not batch: continue
             self.seen(len(batch))
             for b in batch: b["began"] = time.perf_counter()
             results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
+            self.company = len(batch) > 1 or bool(self.waiting)
             for b, r in zip(batch, results):
                 if not b["done"].done(): b["done"].set_exception(r) if isinstance(r, Exception) else b["done"].set_result(r)
 
@@ -365,9 +370,10 @@ class Service:
         self.streams = self.active = 0                         # live ones that are open; HTTP requests that were let in
         self.metrics.open.set_function(lambda: self.active)
         self.draining, self.lines, self.spans = False, Lines(), Spans()
-        self.inside, self.most = 0, setting("QUEUE") + setting("BATCH")
+        self.inside, self.most, self.longest = 0, setting("QUEUE") + setting("BATCH"), setting("WAIT_MS") / 1000
+        self.pace, self.usual = 0., 0.                         # seconds of work a second of audio, and seconds of audio a clip, of late
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")
-        self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self.metrics.batch.observe)
+        self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self.metrics.batch.observe, lambda item: len(item[0]) / SAMPLE_RATE)
 
     def spent(self, stage: str, start: float, end: float = None):
         "Count the time of a stage, in the metrics and for the request that it belongs to."
@@ -379,7 +385,9 @@ class Service:
         "Recognise (samples, options) of a batch in the worker thread, all by the same model."
         recognizer, start = self.models.now, time.perf_counter()
         results = recognizer.transcribe([samples for samples, _ in items], each=[options for _, options in items])
-        self.metrics.busy.inc(time.perf_counter() - start)
+        took, seconds = time.perf_counter() - start, sum(len(samples) for samples, _ in items) / SAMPLE_RATE
+        self.metrics.busy.inc(took)
+        if seconds: self.pace, self.usual = self.pace + .1 * (took / seconds - self.pace), self.usual + .1 * (seconds / len(items) - self.usual)
         return [r | dict(model=recognizer.label) for r in results]
 
     async def thread(self, stage: str, f, *args):
@@ -406,11 +414,19 @@ class Service:
         return left
 
 # %% ../nbs/35_serve.ipynb #0950ef72
+_FEW = 4   # so many requests are never too many
+
+def _busy(service):
+    "A 503 when there is no place for one more request, or when its words would come too late; else None."
+    if service.inside < _FEW: return None
+    wait = service.pace * max(service.batcher.ahead, service.inside * service.usual)
+    if service.inside < service.most and wait <= service.longest: return None
+    return ApiError(503, f"the server is busy with {service.inside} requests; try again in a moment", None, "overloaded", retry_after=max(1, math.ceil(wait)))
+
 @contextmanager
 def _admitted(service):
     "A place among the requests inside, or a 503 at once."
-    if service.inside >= service.most:
-        raise ApiError(503, f"the server is busy with {service.inside} requests, the most that it takes; try again in a moment", None, "overloaded", retry_after=1)
+    if busy := _busy(service): raise busy
     service.inside += 1
     service.metrics.inside.set(service.inside)
     try: yield
@@ -516,6 +532,7 @@ def _seen(scope, model: str) -> dict:
                 policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None,
                 stages=[], bytes=0, audio_s=None, code=None)
 
+_CLIPS = ("/v1/audio/transcriptions", "/v1/search")
 _ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where there are keys
 
 def _refusal(seen: dict, path: str, keys: Keys):
@@ -550,6 +567,7 @@ class Envelope:
                 message["headers"] = [*message["headers"], *self._headers(seen, {k for k, _ in message["headers"]})]
             await send(message)
         refusal = _refusal(seen, scope["path"], service.keys)
+        if not refusal and scope["path"] in _CLIPS: refusal = _busy(service)      # said before the body is read: a refusal should cost little
         if service.draining and scope["path"] not in ("/healthz", "/metrics"): refusal = ApiError(503, "the server is stopping; try again in a moment", None, "stopping", retry_after=5)
         service.active += not refusal
         try: await (service.refused(seen, refusal) if refusal else self.app)(scope, receive, wrapped)
@@ -560,7 +578,7 @@ class Envelope:
             if not started: await service.refused(seen, ApiError(500, "the server failed; the request id names the failure in its log", None, "internal"))(scope, receive, wrapped)
         finally:
             service.active -= not refusal
-            _tell(service, seen, scope["method"], getattr(scope.get("route"), "path", "other"))
+            _tell(service, seen, scope["method"], getattr(scope.get("route"), "path", scope["path"] if scope["path"] in _CLIPS else "other"))
 
     def _headers(self, seen, there) -> list:
         "The headers that every answer has."
@@ -609,8 +627,6 @@ def _handle_errors(app: FastAPI, service: Service):
 async def _clip_request(service, request: Request, check) -> tuple:
     "The common path of a clip: form, decoding, recognition, log. `check` turns the fields into options."
     seen = request.scope["state"]["seen"]
-    if service.inside >= service.most:
-        with _admitted(service): pass      # full: say so before the body is read
     start = time.perf_counter()
     clip = ()
     try:
