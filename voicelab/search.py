@@ -69,8 +69,8 @@ def alike(self: SearchIndex, word: str, least: float = .84, n: int = 6) -> dict:
 @patch
 def _explained(self: SearchIndex, words: list, likes: dict, row: int) -> float:
     "The share of a query's weight that a page explains, 0..1."
-    weight = {w: max((self.idf[v] for v in likes[w]), default=self.rare) for w in set(words)}
-    got = sum(weight[w] * max((s * s for v, s in likes[w].items() if v in self.words[row]), default=0.) for w in weight)
+    weight = {w: self.idf.get(w) or max((self.idf[v] for v in likes[w]), default=self.rare) for w in set(words)}
+    got = sum(max((min(weight[w], self.idf[v]) * s ** 4 for v, s in likes[w].items() if v in self.words[row]), default=0.) for w in weight)
     return got / sum(weight.values())
 
 @patch
@@ -98,7 +98,7 @@ def _snippet(text: str, words, length: int = 160) -> str:
 def search(self: SearchIndex,
     query,  # a text, or readings of what was said, best first
     k: int = 5,  # results at most
-    least: float = .35,  # pages below this score are not shown
+    least: float = .2,  # pages below this score are not shown
 ) -> list:  # of dict(id, title, url, snippet, score), best first
     "The pages that answer a query, also one that was misheard."
     readings = [query] if isinstance(query, str) else list(query)
