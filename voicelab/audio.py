@@ -13,6 +13,7 @@ import io
 import os
 import re
 import struct
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,7 +36,7 @@ _FORMATS = "wav, flac, mp3, m4a, webm, ogg"
 class AudioError(InputError):
     "Audio that cannot be used: `code` says why in one word, the message what was given and what is allowed."
     def __init__(self, 
-        code: str,     # "empty", "unreadable", "too_long", "too_short", "bad_rate", "bad_channels" or "too_big"
+        code: str,     # "empty", "unreadable", "too_long", "too_short", "too_slow", "bad_rate", "bad_channels" or "too_big"
         message: str,  # one line
     ):
         super().__init__(message)
@@ -105,27 +106,27 @@ def _sniff(data: bytes) -> str:
     raise AudioError("unreadable", f"{len(data)} bytes beginning with {data[:8]!r} are no audio format we know; allowed: {_FORMATS}")
 
 # %% ../nbs/11_audio.ipynb #6e1f61c9
-def _check_format(rate: int, channels: int):
+def _check_format(rate: int, channels: int, most: int = MAX_CHANNELS):
     "Refuse rates and channel counts that no microphone has."
     if not MIN_RATE <= rate <= MAX_RATE:
         raise AudioError("bad_rate", f"sample rate {rate} Hz; allowed: {MIN_RATE} to {MAX_RATE} Hz")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise AudioError("bad_channels", f"{channels} channels; allowed: 1 to {MAX_CHANNELS}")
+    if not 1 <= channels <= most:
+        raise AudioError("bad_channels", f"{channels} channels; allowed: 1 to {most}")
 
 # %% ../nbs/11_audio.ipynb #7b0f8474
-def _check_wav_header(data: bytes):
+def _check_wav_header(data: bytes, most: int):
     "Name a bad rate or channel count that libsndfile would only call unreadable."
     at = data.find(b"fmt ", 12, 4096)
     if at < 0 or len(data) < at + 16: return
     channels, rate = struct.unpack_from("<HI", data, at + 10)
-    _check_format(rate, channels)
+    _check_format(rate, channels, most)
 
-def _sndfile_blocks(data: bytes, fmt: str):
+def _sndfile_blocks(data: bytes, fmt: str, most: int):
     "Yield (samples (n, channels), rate) of a WAV or FLAC file."
-    if fmt == "wav": _check_wav_header(data)
+    if fmt == "wav": _check_wav_header(data, most)
     try:
         with sf.SoundFile(io.BytesIO(data)) as f:
-            _check_format(f.samplerate, f.channels)
+            _check_format(f.samplerate, f.channels, most)
             got, promised = 0, f.frames
             while len(block := f.read(f.samplerate, dtype="float32", always_2d=True)):
                 got += len(block)
@@ -162,7 +163,7 @@ def _check_mp4_tables(data: bytes):
         raise AudioError("unreadable", f"damaged m4a file: {count} samples promised in {len(data)} bytes; at most {_MAX_MP4_SAMPLES} are allowed")
 
 # %% ../nbs/11_audio.ipynb #e1fb490d
-def _av_blocks(data: bytes, fmt: str):
+def _av_blocks(data: bytes, fmt: str, most: int):
     "Yield (samples (n, channels), rate) of an MP3, M4A, WebM, Ogg or AAC file."
     if fmt == "m4a": _check_mp4_tables(data)
     try:
@@ -170,7 +171,7 @@ def _av_blocks(data: bytes, fmt: str):
             if not box.streams.audio: raise AudioError("unreadable", f"{fmt} file without an audio track; allowed: {_FORMATS}")
             to_float = av.AudioResampler(format="fltp")
             for frame in box.decode(box.streams.audio[0]):
-                _check_format(frame.sample_rate, len(frame.layout.channels))
+                _check_format(frame.sample_rate, len(frame.layout.channels), most)
                 for part in to_float.resample(frame): yield part.to_ndarray().T, part.sample_rate
     except AudioError: raise
     except (av.FFmpegError, ValueError, EOFError) as e:
@@ -197,9 +198,12 @@ class AudioReader:
         data: bytes,                       # a whole file: wav, flac, mp3, m4a, webm, ogg
         max_seconds: float | None = None,  # longest clip allowed; None: 600 s
         max_bytes: int | None = None,      # largest file allowed; None: 128 MiB
+        max_channels: int = MAX_CHANNELS,  # most channels allowed
+        patience: float = np.inf,          # CPU seconds that decoding the whole file may take
     ):
         _check_size(len(data), max_bytes)
         self.limit, self.over = MAX_SECONDS if max_seconds is None else max_seconds, False
+        self.most, self.patience, self.worked = max_channels, patience, 0.
         self.info = dict(format=_sniff(data), sample_rate=None, channels=0, duration=0.)   # of the original; the duration so far
         self.pieces = self._pieces(data)
 
@@ -209,7 +213,10 @@ class AudioReader:
         "The next samples; `over` is true once there are no more."
         parts, n = [], 0
         while n < seconds * SAMPLE_RATE:
+            start = time.thread_time()
             part = next(self.pieces, None)
+            self.worked += time.thread_time() - start
+            if self.worked > self.patience: raise AudioError("too_slow", f"decoding took more than {self.patience:g} s of CPU time, the most that is allowed")
             if part is None:
                 self.over = True
                 break
@@ -220,7 +227,7 @@ class AudioReader:
     def _pieces(self, data):
         "Blocks, resampled; the last is held back until the exact length is known."
         fmt, n, rate, stream, held, sent = self.info["format"], 0, None, None, np.zeros(0, np.float32), 0
-        for block, block_rate in _sndfile_blocks(data, fmt) if fmt in ("wav", "flac") else _av_blocks(data, fmt):
+        for block, block_rate in (_sndfile_blocks if fmt in ("wav", "flac") else _av_blocks)(data, fmt, self.most):
             if rate is None:
                 rate, self.info["sample_rate"], self.info["channels"] = block_rate, block_rate, block.shape[1]
                 if rate != SAMPLE_RATE: stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")

@@ -29,6 +29,8 @@ SETTINGS = dict(  # name: (type, default, what it does)
     PORT=(int, 8000, "port that the server listens on"),
     MAX_BYTES=(int, 25_000_000, "largest upload in bytes"),
     MAX_SECONDS=(float, 5400.0, "longest clip in seconds; more than half a minute is cut into utterances"),
+    MAX_CHANNELS=(int, 8, "most channels of a clip; they are mixed to one"),
+    DECODE_SECONDS=(float, 60.0, "CPU seconds that decoding a clip may take"),
     UPLOAD_SECONDS=(float, 60.0, "how long a request may take to arrive"),
     BATCH=(int, 8, "largest micro-batch of clips"),
     BATCH_WAIT_MS=(float, 3.0, "how long a clip waits for company, in milliseconds"),
@@ -47,6 +49,7 @@ SETTINGS = dict(  # name: (type, default, what it does)
     TLS_KEY=(str, "", "its private key"),
     BEHIND_PROXY=(int, 0, "1: a proxy in front ends TLS, so an open HOST needs no certificate here"),
     SEARCH_DOCS=(str, "", "JSONL of documents to search; empty: the built-in ones"),
+    SEARCH_URL=(str, "", "address of a search engine that is asked instead, with {query} and perhaps {k} in it; it answers JSON"),
 )
 
 def setting(

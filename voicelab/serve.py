@@ -31,6 +31,7 @@ from .labels import forget as erase_everywhere
 from .listen import Listener
 from .observe import Lines, Spans
 from .requestlog import RequestLog, consent_scopes
+from .search import SearchError
 from .text import encode
 
 # %% ../nbs/35_serve.ipynb #fbcdd174
@@ -439,7 +440,7 @@ _PIECE = 30.0   # seconds; a longer clip is read in such pieces and cut into utt
 async def _decode(service, f, *args):
     "Decode in a thread; raises `ApiError`."
     try: return await service.thread("decode", f, *args)
-    except AudioError as e: raise ApiError(413 if e.code in ("too_big", "too_long") else 400, str(e), "file", e.code) from None
+    except AudioError as e: raise ApiError(413 if e.code in ("too_big", "too_long", "too_slow") else 400, str(e), "file", e.code) from None
 
 async def _recognised(service, samples, options) -> dict:
     "One clip or utterance through the queue; raises `ApiError`."
@@ -450,7 +451,7 @@ async def _recognised(service, samples, options) -> dict:
 
 async def _open(service, data: bytes) -> tuple:
     "The reader of an upload, and its first piece. Raises `ApiError`."
-    reader = await _decode(service, lambda: AudioReader(data, max_seconds=setting("MAX_SECONDS"), max_bytes=setting("MAX_BYTES")))
+    reader = await _decode(service, lambda: AudioReader(data, max_seconds=setting("MAX_SECONDS"), max_bytes=setting("MAX_BYTES"), max_channels=setting("MAX_CHANNELS"), patience=setting("DECODE_SECONDS")))
     return reader, await _decode(service, reader.read, _PIECE)
 
 # %% ../nbs/35_serve.ipynb #8b752aef
@@ -694,7 +695,8 @@ def _speech_routes(app: FastAPI, service: Service):
         "A spoken query: what was heard, and what was found."
         form, result = await _clip_request(service, request, check_search)
         readings = [r["text"] for r in result.get("nbest", [])] or [result["text"]]
-        found = await service.thread("search", service.search.search, readings, form["k"]) if result["text"] else []
+        try: found = await service.thread("search", service.search.search, readings, form["k"]) if result["text"] else []
+        except SearchError as e: raise ApiError(503, str(e), None, "search_unavailable", retry_after=5) from None
         seen = request.scope["state"]["seen"]
         return JSONResponse({k: result[k] for k in ("text", "confidence", "words", "duration", "model")} | dict(
             results=found, request_id=seen["id"], logged=seen["logged"], receipt=seen["receipt"]))

@@ -21,7 +21,7 @@ from .observe import Lines, Spans
 from .recognizer import Recognizer
 from .registry import Registry
 from .requestlog import RequestLog
-from .search import SearchIndex
+from .search import HttpSearch, SearchIndex
 from .serve import Metrics, Models, Service, build_app
 
 # %% ../nbs/37_server.ipynb #07d55caf
@@ -35,7 +35,7 @@ def make_service(
     "Load everything that a server needs; raises `InputError` when there is no model."
     metrics = Metrics()
     models = Models(lambda: Registry().resolve(model or "champion"), _load, lambda outcome: metrics.swaps.labels(outcome).inc())
-    service = Service(models, RequestLog(), SearchIndex(setting("SEARCH_DOCS") or None), metrics)
+    service = Service(models, RequestLog(), HttpSearch(setting("SEARCH_URL")) if setting("SEARCH_URL") else SearchIndex(setting("SEARCH_DOCS") or None), metrics)
     models.watch()
     threading.Thread(target=_purge_hourly, args=(service.log,), daemon=True, name="retention").start()
     return service
