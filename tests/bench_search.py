@@ -80,6 +80,8 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         bundle = a.model or export_bundle(load_model(package_path("base")), Path(tmp) / "bundle", dict(name="base"), lm=package_path("base") / "lm.npz")
         out = dict(voicesearch=measure(*asked(a.queries), bundle), an4_spelled=measure(*spelled(), bundle))
+    out |= {new: {w: out[w][old] for w in ("voicesearch", "an4_spelled")} for new, old in (("recall5_text", "recall5_true_text"), ("recall5_speech", "recall5_speech"), ("sentence_accuracy", "sentences_right"))}
+    out["end_to_results_p95_ms"] = {w: out[w]["ms"]["p95"] for w in ("voicesearch", "an4_spelled")}
     print(json.dumps(out, indent=1))
     write_json(OUT, dict(out, model=a.model or "base", measured_by=f"python {' '.join(['tests/bench_search.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))
 

@@ -2,11 +2,13 @@
 
 Clips of 3 s. Locust (from pip, in an environment of its own) is the load generator: closed loop with 1, 4, 16 and 64 clients, then an open one at half of the
 throughput that was found. It has the same cores as what it measures, so all ratios are of runs in turns; its own CPU time is not counted as the server's.
-Then an open loop at four times the throughput that was found: what is answered, how soon, with how much memory, and whether all is well five seconds later.
+Then an open loop at four times the throughput that was found: what is answered, how soon, with how much memory, and whether all is well five seconds later;
+a new champion and the old one again under load; and the uploads that mean harm of `test_faults.py`, how many took how long and how much memory.
 
-    python tests/bench_serve.py [--seconds 12] [--rounds 2] [--overload 60]
+    python tests/bench_serve.py [--seconds 12] [--rounds 2] [--overload 60] [--hostile 2000]
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import psutil
+from test_faults import hostile
 
 from voicelab.audio import read_audio, wav_bytes
 from voicelab.core import free_port, git_commit, package_path, utc_now, write_json
@@ -26,6 +29,7 @@ from voicelab.scope import Scope
 from voicelab.server import server
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "serve.json"
+LIVE = OUT.with_name("live.json")
 LOCUST = "locust==2.43.0"
 CLIENTS = (1, 4, 16, 64)
 LOADS = """
@@ -136,9 +140,38 @@ def overload(url, pid, folder, capacity, seconds):
     after = json.loads((folder / "said.json").read_text())
     good = t[t.status == 200]
     return dict(asked_per_s=round(4 * capacity, 1), sent_per_s=r["per_s"], seconds=seconds, statuses={str(k): int(v) for k, v in t.status.value_counts().items()},
-                without_retry_after=int((t.status.isin([429, 503]) & ~t.retry_after).sum()), accepted_per_s=round(len(good) / seconds, 1), accepted_p50_ms=float(good.ms.median()), accepted_p95_ms=float(good.ms.quantile(.95)),
+                without_retry_after=int((t.status.isin([429, 503]) & ~t.retry_after).sum()), accepted_per_s=round(len(good) / seconds, 1), accepted_p50_ms=float(good.ms.median()), p95_ms=float(good.ms.quantile(.95)), other_statuses=int((~t.status.isin([200, 429, 503])).sum()),
                 refused_p95_ms=float(t[t.status != 200].ms.quantile(.95)), limit_ms=Scope().targets["latency_p95_ms"], mb_before=mb[0], mb_middle=mb[len(mb) // 2], mb_most=max(mb), mb_end=mb[-1],
-                calm_p95_ms=float(np.quantile([x[1] for x in calm], .95)), after_p95_ms=float(np.quantile([x[1] for x in after], .95)), after_not_200=sum(x[0] != 200 for x in after))
+                calm_p95_ms=float(np.quantile([x[1] for x in calm], .95)), after_p95_ms=float(np.quantile([x[1] for x in after], .95)), after_not_200=sum(x[0] != 200 for x in after), recovered_s=5)
+
+
+def swaps(url, folder, registry, clip):
+    "Requests that failed while four clients asked and the champion changed twice; and how often it was seen to change."
+    said, done = [], threading.Event()
+    def ask():
+        with httpx.Client(base_url=url, timeout=60) as c:
+            while not done.is_set():
+                r = c.post("/v1/audio/transcriptions", files=dict(file=clip))
+                said.append((r.status_code, r.headers.get("x-voicelab-model")))
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for c in clients: c.start()
+    for change in (lambda: registry.promote("voicesearch", registry.register("voicesearch", folder / "bundle"), "bench", "swap"), lambda: registry.rollback("voicesearch", "bench", "back again")):
+        time.sleep(3)
+        change()
+        time.sleep(6)
+    done.set()
+    for c in clients: c.join()
+    models = [m for _, m in said if m]
+    return dict(requests=len(said), failed=sum(s != 200 for s, _ in said), changes=sum(a != b for a, b in zip(models, models[1:])), models=sorted(set(models)))
+
+
+def harm(url, pid, n):
+    "Uploads that are broken, lie or mean harm: those with a 5xx, those of more than 25 s, megabytes more afterwards."
+    one = lambda i: (time.perf_counter(), (lambda body, kind: httpx.post(url + "/v1/audio/transcriptions", content=body, headers={"content-type": kind}, timeout=60).status_code)(*hostile(np.random.default_rng(i))), time.perf_counter())
+    for i in range(50): one(i)
+    before = used(pid)[1]
+    with ThreadPoolExecutor(4) as pool: said = list(pool.map(one, range(n)))
+    return {"tried": n, "5xx": sum(s >= 500 for _, s, _ in said), "hung": sum(b - a > 25 for a, _, b in said), "growth_mb": round(used(pid)[1] - before, 1), "longest_s": round(max(b - a for a, _, b in said), 2)}
 
 
 def main():
@@ -146,6 +179,7 @@ def main():
     p.add_argument("--seconds", type=int, default=12)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--overload", type=int, default=60, metavar="SECONDS")
+    p.add_argument("--hostile", type=int, default=2000, metavar="UPLOADS")
     a = p.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -160,17 +194,23 @@ def main():
         for n in range(a.rounds):
             for clients in CLIENTS: rows.append(dict(what="in process", round=n, clients=clients) | in_process(bundle, clips, clients, a.seconds / 2))
             with plain(bundle) as (url, pid): rows += measured("fastapi", n, url, pid, tmp, a.seconds)
-            with ours(tmp, VOICELAB_QUEUE="64") as (url, pid): rows += measured("voicelab", n, url, pid, tmp, a.seconds)
+            with ours(tmp, VOICELAB_QUEUE="64", VOICELAB_WAIT_MS="10000") as (url, pid): rows += measured("voicelab", n, url, pid, tmp, a.seconds)
         t = pd.DataFrame(rows)
-        with ours(tmp) as (url, pid): too_much = overload(url, pid, tmp, t[(t.what == "voicelab") & t.pace.isna()].per_s.max(), a.overload)
+        with ours(tmp) as (url, pid):
+            too_much = overload(url, pid, tmp, t[(t.what == "voicelab") & t.pace.isna()].per_s.max(), a.overload)
+            swapped, harmed = swaps(url, tmp, registry, (tmp / "clips" / "00.wav").read_bytes()), harm(url, pid, a.hostile)
     print(t.round(1).to_string())
     closed = t[t.clients.isin(CLIENTS) & t.pace.isna()]
     speed = closed.pivot_table(index=["round", "clients"], columns="what", values="per_s")
     own = closed[closed.what == "in process"].groupby("clients").cpu_ms.mean()
     extra = closed[closed.what == "voicelab"].groupby("clients").cpu_ms.mean() - own
     alone = closed[closed.clients == 1].groupby("what").p95.mean()
-    said = dict(to_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), to_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
-                cpu_ms_beyond_recogniser=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10), overload=too_much)
+    served = closed[closed.what == "voicelab"].groupby("clients")[["per_s", "p50", "p95", "p99"]].mean().round(1).rename(columns=dict(per_s="rps", p50="p50_ms", p95="p95_ms", p99="p99_ms"))
+    live = json.loads(LIVE.read_text()) if LIVE.is_file() else None
+    said = dict(clients=served.to_dict("index"), ratio_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), ratio_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
+                overhead_core_ms=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10), unloaded_p95_excess_ms=float(alone["voicelab"] - 1.5 * alone["in process"]),
+                overload=too_much, swap_failed=swapped["failed"], swap=swapped, hostile=harmed,
+                stream=live and dict(first_partial_p95_ms={k: live[k]["first_words_ms"]["p95"] for k in ("realtime", "vosk")}, final_p95_ms=live["realtime"]["final_after_end_ms"]["p95"], commit=live["commit"]))
     print(json.dumps(said, indent=1))
     write_json(OUT, dict(said, table=json.loads(t.to_json(orient="records")), measured_by=f"python {' '.join(['tests/bench_serve.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))
 

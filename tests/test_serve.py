@@ -2,6 +2,7 @@
 import io, json, os, re, shutil, signal, socket, sqlite3, ssl, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -126,6 +127,27 @@ def test_search(url):
     assert (r["text"], r["results"][0]["title"], r["logged"], r["model"]) == (SAID, "A bad cab", "none", "voicesearch@1")
     assert sorted(r["results"][0]) == ["id", "score", "snippet", "title", "url"]
     assert len(say(url, "/v1/search", k="1").json()["results"]) == 1
+
+
+def test_search_engine_elsewhere(toy_home):
+    "A search engine that is plugged in by setting is asked what was heard; when it is gone, callers are told so, and when to come again."
+    class Engine(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_GET(self):
+            body = json.dumps(dict(results=[dict(id="1", title=f"found for {self.path}", url="/1", snippet="")])).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+    engine = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    threading.Thread(target=engine.serve_forever, daemon=True).start()
+    with server(env=dict(VOICELAB_HOME=str(toy_home), VOICELAB_SEARCH_URL=f"http://127.0.0.1:{engine.server_port}/?q={{query}}&n={{k}}", VOICELAB_LOG_LEVEL="off")) as url:
+        assert [p["title"] for p in say(url, "/v1/search", k="3").json()["results"]] == ["found for /?q=a%20bad%20cab&n=3"]
+        engine.shutdown()
+        engine.server_close()
+        r = say(url, "/v1/search")
+        assert (r.status_code, r.json()["error"]["code"], int(r.headers["retry-after"])) == (503, "search_unavailable", 5)
+        assert say(url).json()["text"] == SAID
 
 
 # ---- bad input

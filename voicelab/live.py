@@ -9,6 +9,7 @@ __all__ = ['Stream', 'pcm', 'add_live']
 import asyncio, base64, binascii, json, secrets, time
 from contextlib import contextmanager
 from dataclasses import replace
+from os.path import commonprefix
 
 import numpy as np
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
@@ -161,17 +162,12 @@ def _person(seen: dict, given) -> dict:
     return seen | short | (dict(consent=consent_scopes(given["consent"])) if "consent" in given else {})
 
 # %% ../nbs/36_live.ipynb #671c2cfb
-def _common(a: list, b: list) -> list:
-    "The words that two lists begin with."
-    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return a[:n]
-
 class _Realtime:
     "One connection to `/v1/realtime`."
     def __init__(self, ws, service, seen):
         self.ws, self.service, self.seen = ws, service, seen
         self.id, self.rate, self.rules, self.words, self.logprobs = f"sess_{secrets.token_hex(8)}", 24000, EndPointing(), [], False
-        self.item, self.previous, self.before, self.sent = None, None, [], []
+        self.item, self.previous, self.before, self.sent = None, None, "", ""
         self.stream = self._stream()
 
     def _stream(self, words=None): return Stream(self.service, self.seen, Listener(self.rate, self.rules, min(600, setting("MAX_SECONDS"))), words)
@@ -256,25 +252,24 @@ class _Realtime:
         "One event of the stream, as events of the protocol."
         self.item = self.item or f"item_{secrets.token_hex(8)}"
         if e["kind"] == "started":
-            self.before, self.sent = [], []
+            self.before, self.sent = "", ""
             await self.send("input_audio_buffer.speech_started", audio_start_ms=round(1000 * e["at"]), item_id=self.item)
         elif e["kind"] == "partial":
-            now = e["text"].split()
-            agreed, self.before = _common(self.before, now), now
-            if agreed[:len(self.sent)] == self.sent: await self._delta(agreed)
+            agreed, self.before = commonprefix([self.before, e["text"]]).rstrip(), e["text"]
+            await self._delta(agreed)
         elif e["kind"] == "ended":
             if self.rules: await self.send("input_audio_buffer.speech_stopped", audio_end_ms=round(1000 * e["utterance"].end), item_id=self.item)
             await self.send("input_audio_buffer.committed", item_id=self.item, previous_item_id=self.previous)
         else:
-            words = e["result"]["text"].split()
-            if words[:len(self.sent)] == self.sent: await self._delta(words)
+            await self._delta(e["result"]["text"])
             await self._completed(e)
-            self.item, self.previous, self.before, self.sent = None, self.item, [], []
+            self.item, self.previous, self.before, self.sent = None, self.item, "", ""
 
-    async def _delta(self, words):
-        new = words[len(self.sent):]
-        if new: await self.send("conversation.item.input_audio_transcription.delta", item_id=self.item, content_index=0, delta=(" " if self.sent else "") + " ".join(new))
-        self.sent = words
+    async def _delta(self, text):
+        "Send what is new of a text, if it goes on from what was sent."
+        if not text.startswith(self.sent) or text == self.sent: return
+        await self.send("conversation.item.input_audio_transcription.delta", item_id=self.item, content_index=0, delta=text[len(self.sent):])
+        self.sent = text
 
     async def _completed(self, e):
         r, seen, start = e["result"], e["seen"], e["utterance"].start
