@@ -302,14 +302,14 @@ def priorities(
     found: pd.DataFrame,  # from `slices`
     scope,                # a Scope or the path of a scope.json
     bias=None,            # from `bias_variance`
-    shares=None,          # {(tag, value): share of real traffic} where it differs from the evaluated set
+    shares=None,          # {tag: {value: share of the forecast traffic}} where it differs from the evaluated set; None: the scope's
     k=12,                 # rows
 ) -> pd.DataFrame:        # what, share, wer, reference, gain (of the overall rate), evidence, lever; best first
     "What to work on next, ranked by what the overall error rate would gain."
     s = scope if isinstance(scope, Scope) else load_scope(scope)
     rows = []
     for r in found.itertuples():
-        share, ref = (shares or {}).get((r.tag, r.value), r.share), _reference(s, r.tag, r.value)
+        share, ref = (s.shares if shares is None else shares).get(r.tag, {}).get(r.value, r.share), _reference(s, r.tag, r.value)
         if r.wer > ref and (r.finding == "worse" or (r.tag == "slice" and r.value)):
             rows.append(dict(what=f"{r.tag} = {r.value or '(none)'}", share=share, wer=r.wer, reference=ref, gain=share * (r.wer - ref), evidence=r.finding if r.finding != "worse" else f"worse than the rest, p = {r.p:.2g}", lever=_LEVERS.get(r.value, _LEVERS.get(r.tag, "look at its worst clips"))))
     for name in (bias or {}).get("real", []): rows.append(dict(what=_GAPS[name][0], share=1., gain=bias["gaps"][name], evidence="gap beyond noise", lever=_GAPS[name][1].split(": ", 1)[1]))

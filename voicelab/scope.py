@@ -45,6 +45,7 @@ class Scope:
     baseline: dict = field(default_factory=lambda: dict(wer=None, source="nothing is published on this corpus; the base model, before fine-tuning, stands in (4_errors)"))
     human: dict = field(default_factory=lambda: dict(wer=None, source="nobody has transcribed this synthetic corpus; people make 5.8 % on clean read speech (LibriSpeech test-clean, Amodei et al. 2016)"))
     traffic: dict = field(default_factory=lambda: dict(requests_per_day=20_000., seconds_per_request=3., peak_factor=4., growth_per_month=.10, months=12.))
+    shares: dict = field(default_factory=lambda: dict(slice=dict(new_names=.10, young=.15)))   # of the forecast traffic: {tag: {value: share}}; what is not named has its share of the evaluated set
     prices: dict = field(default_factory=lambda: dict(core_hour=.05, utilisation=.30))
     budget: dict = field(default_factory=lambda: dict(train_minutes=30., memory_gb=6., disk_gb=5., least_data_hours=.02))
     estimate: dict = field(default_factory=dict)   # filled by `estimate_work`
@@ -76,6 +77,8 @@ def validate_scope(
         metric_info(metric)
         if not _number(target) or target <= 0: raise InputError(f"targets.{metric} is {target!r}; allowed is a number above 0")
         if metric.startswith("wer_") and metric[4:] not in s.slices: raise InputError(f"targets.{metric} names no slice of the scope; its slices are {', '.join(s.slices) or '(none)'}")
+    for tag, values in s.shares.items():
+        if not isinstance(values, dict) or not all(_number(v) and 0 <= v <= 1 for v in values.values()) or sum(values.values()) > 1: raise InputError(f"shares.{tag} is {values!r}; allowed are {{value: share of the traffic}}, shares from 0 to 1 that add up to no more than 1")
     for where in ("baseline", "human"):
         wer = getattr(s, where).get("wer")
         if wer is not None and not _number(wer): raise InputError(f"{where}.wer is {wer!r}; allowed is a number, or null when it is not known")
@@ -115,7 +118,7 @@ def scope_for(
         known = _RECORDED.get(corpus, dict(problem=f"Short spoken queries as in the corpus {corpus}."))
         own = {k: v for k, v in s.targets.items() if not k.startswith("wer_")} | known.get("targets", {}) | dict(wer_noisy=.30)
         human = dict(wer=None, source="not measured here; the label queue's agreement will tell")
-        s = replace(s, name=corpus, human=human, slices=dict(noisy="clips mixed with noise, as traffic brings them"), **{**known, "targets": own})
+        s = replace(s, name=corpus, human=human, slices=dict(noisy="clips mixed with noise, as traffic brings them"), shares=dict(slice=dict(noisy=.30)), **{**known, "targets": own})
     merged = s.targets | (targets or {})
     slices = s.slices | {k[4:]: "named by its target" for k in merged if k.startswith("wer_") and k[4:] not in s.slices}
     return validate_scope(asdict(replace(s, slices=slices, targets={k: v for k, v in merged.items() if v is not None})))
