@@ -159,6 +159,22 @@ def test_replica_killed_under_load(toy_home, tmp_path):
     assert {r.json()["text"] for _, _, r in answers if r.status_code == 200} == {SAID}
 
 
+def test_front_killed(url, home):
+    "kill -9 of HAProxy: it is back within seconds, and the recogniser never stopped."
+    front = [p for p in processes(home) if "front.cfg" in " ".join(p.cmdline())]
+    assert len(front) == 1, processes(home)
+    before = {p.pid for p in processes(home)} - {front[0].pid}
+    front[0].kill()
+    end = time.time() + 20
+    while True:
+        try: assert say(url).json()["text"] == SAID
+        except httpx.HTTPError:
+            assert time.time() < end, "the front does not come back"
+            time.sleep(.1)
+        else: break
+    assert before <= {p.pid for p in processes(home)}
+
+
 # ---- a disk that is full
 
 def test_full_disk(toy_home, tmp_path):

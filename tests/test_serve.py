@@ -1,5 +1,5 @@
 """The real server, over real HTTP: formats, bad input, overload, consent on the disk, kill -9, swap, OpenAI's client."""
-import io, json, os, re, shutil, signal, socket, sqlite3, ssl, subprocess, sys, threading, time
+import asyncio, io, json, os, re, shutil, signal, socket, sqlite3, ssl, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +122,16 @@ def test_openai_client(url):
     assert e.value.code == "unreadable"
 
 
+def test_async_client(url):
+    "The asynchronous client: several at once, and a stream."
+    async def both():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
+            ask = lambda **more: client.audio.transcriptions.create(file=("a.wav", CLIP), model="whisper-1", **more)
+            texts = [r.text for r in await asyncio.gather(*(ask() for _ in range(3)))]
+            return texts, "".join([e.delta async for e in await ask(stream=True) if e.type == "transcript.text.delta"])
+    assert asyncio.run(both()) == ([SAID] * 3, SAID)
+
+
 def test_search(url):
     r = say(url, "/v1/search").json()
     assert (r["text"], r["results"][0]["title"], r["logged"], r["model"]) == (SAID, "A bad cab", "none", "voicesearch@1")
@@ -218,7 +228,7 @@ def test_a_client_that_vanishes_is_no_failure_of_the_server(url):
     host = url.removeprefix("http://")
     count = lambda status: sum(float(n) for n in re.findall(rf'^voicelab_requests_total{{.*status="{status}".*}} (\S+)$', httpx.get(f"{url}/metrics", timeout=60).text, re.M))
     gone, failed, end = count(499), count(500), time.time() + 60
-    while time.time() < end and count(499) < gone + 3:  # one that vanishes before Ray's proxy has passed it on is seen by nobody: more come until three were seen
+    while time.time() < end and count(499) < gone + 3:  # one that vanishes before its request has begun is seen by nobody: more come until three were seen
         with socket.create_connection(host.split(":")) as s:
             s.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n--x\r\n".encode())
             time.sleep(.3)
@@ -474,6 +484,9 @@ def test_https_and_keys(toy_home, tmp_path):
         trust = ssl.create_default_context(cafile=cert)
         assert url.startswith("https")
         with pytest.raises(httpx.HTTPError): httpx.get(url.replace("https", "http") + "/healthz")
+        mine = [p for p in Path("/tmp").glob("voicelab-ray-*") if (p / "tls.pem").is_symlink() and (p / "tls.pem").resolve() == cert.resolve()]
+        assert len(mine) == 1 and mine[0].stat().st_mode & 0o777 == 0o700, "others can enter the folder of the sockets"
+        assert (mine[0] / "tls.pem.key").resolve() == private.resolve(), "the private key was copied"
         def ask(**headers): return httpx.post(f"{url}/v1/audio/transcriptions", files=dict(file=("a.wav", CLIP)), headers=headers, verify=trust, timeout=60)
         assert ask().status_code == 401
         assert ask(authorization=f"Bearer {app}").json()["text"] == SAID
@@ -481,7 +494,8 @@ def test_https_and_keys(toy_home, tmp_path):
         with connect(url.replace("https", "wss") + "/vosk", ssl=trust, additional_headers=dict(authorization=f"Bearer {app}")) as ws:
             ws.send('{"eof" : 1}')
             assert json.loads(ws.recv()) == dict(text="")
-        with pytest.raises(InvalidStatus): connect(url.replace("https", "wss") + "/vosk", ssl=trust)
+        with pytest.raises(InvalidStatus) as e: connect(url.replace("https", "wss") + "/vosk", ssl=trust)
+        assert (e.value.response.status_code, json.loads(e.value.response.body)["error"]["code"]) == (401, "invalid_api_key")
         keys.remove("app")
         assert ask(authorization=f"Bearer {app}").status_code == 401                     # without a restart
 

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'load_documents', 'SearchIndex', 'SearchError', 'HttpSearch']
 
 # %% ../nbs/32_search.ipynb #081dae69
-import math, re, sqlite3, threading
+import math, re, sqlite3, threading, time
 from collections import Counter
 from urllib.parse import quote
 
@@ -123,9 +123,10 @@ def _hits(body) -> list:
     pages = []
     for hit in found:
         if not isinstance(hit, dict): raise SearchError("the search engine answered with results that are no objects")
-        page = hit | (hit.get("_source") or hit.get("document") or {})
+        inner = hit.get("_source", hit.get("document"))
+        page = hit | inner if isinstance(inner, dict) else hit
         url = str(page.get("url") or page.get("link") or "")
-        pages.append(dict(id=str(page.get("id") or hit.get("_id") or url), title=str(page.get("title") or page.get("name") or ""), url=url, snippet=str(page.get("snippet") or page.get("content") or page.get("text") or "")[:300]))
+        pages.append(dict(id=str(page.get("id") or hit.get("_id") or url or page.get("title") or len(pages)), title=str(page.get("title") or page.get("name") or ""), url=url, snippet=str(page.get("snippet") or page.get("content") or page.get("text") or "")[:300]))
     return pages
 
 class HttpSearch:
@@ -135,15 +136,16 @@ class HttpSearch:
         timeout: float = 3.0,  # seconds that it may take to answer
     ):
         if "{query}" not in address or not address.startswith(("http://", "https://")): raise InputError(f"SEARCH_URL is {address!r}; it must begin with http:// or https:// and have {{query}} where the words go")
-        self.address, self.client = address, httpx.Client(timeout=timeout)
+        self.address, self.timeout, self.client = address, timeout, httpx.Client(timeout=timeout)
 
     def search(self,
         query,  # a text, or readings of what was said, best first
         k: int = 5,  # results at most
     ) -> list:  # of dict(id, title, url, snippet, score), best first; the score is one over the place
         "The pages that answer a query; raises `SearchError`."
-        best = {}
+        best, end = {}, time.monotonic() + self.timeout
         for i, reading in enumerate(list(dict.fromkeys([query] if isinstance(query, str) else query))[:3]):
+            if i and time.monotonic() > end: break                     # the best reading was asked for
             try: pages = _hits(self.client.get(self.address.replace("{query}", quote(reading)).replace("{k}", str(k))).raise_for_status().json())
             except (httpx.HTTPError, ValueError) as e: raise SearchError(f"the search engine does not answer as it should ({type(e).__name__}); try again in a moment") from None
             for place, page in enumerate(pages):

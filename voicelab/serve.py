@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ApiError', 'error_response', 'split_words', 'segments', 'subtitles', 'answer', 'event_stream', 'read_form',
-           'check_form', 'Batcher', 'Models', 'Metrics', 'Service', 'joined', 'Envelope', 'build_app']
+           'check_form', 'Batcher', 'Models', 'Metrics', 'Crowded', 'Service', 'joined', 'Envelope', 'build_app']
 
 # %% ../nbs/35_serve.ipynb #ffd3a540
 import asyncio, contextvars, json, math, mimetypes, re, secrets, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -155,6 +155,7 @@ async def _body(request: Request, limit: int):
     size, seen = 0, request.scope["state"]["seen"]
     async for part in request.stream():
         seen["bytes"] = size = size + len(part)
+        if "hold" in seen: seen["hold"](len(part))
         if size > limit: raise big
         yield part
 
@@ -244,6 +245,8 @@ def check_form(
     return form
 
 # %% ../nbs/35_serve.ipynb #c7ed92e0
+_PATIENT = 5.0   # seconds for which a part of something long lets others go first
+
 class Batcher:
     "Gathers items of concurrent requests into batches for one worker thread."
     def __init__(self,
@@ -254,17 +257,18 @@ class Batcher:
         weigh=lambda item: 1,  # item -> how much work it is
     ):
         self.run, self.size, self.wait, self.seen, self.weigh = run, size, wait, seen or (lambda n: None), weigh
-        self.waiting, self.task, self.company, self.ahead = [], None, False, 0       # ahead: the work that is not done yet
+        self.waiting, self.task, self.company, self.ahead, self.since = [], None, False, 0, None       # ahead: the work that is not done yet; since: when the batch began that is worked on
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="recognise")
 
     async def submit(self,
         item,  # what `run` takes
         spent=lambda stage, start, end: None,  # told when it waited ("queue") and when it was worked on ("recognise")
+        later: bool = False,  # a part of something long: others go first, for some seconds
     ):
         "The result of one item; raises what `run` raised for it."
-        one = dict(item=item, done=asyncio.get_running_loop().create_future(), asked=time.perf_counter())
+        one = dict(item=item, later=later, done=asyncio.get_running_loop().create_future(), asked=time.perf_counter())
         self.waiting.append(one)
-        work = self.weigh(item)
+        work = 0 if later else self.weigh(item)
         self.ahead += work
         if self.task is None or self.task.done(): self.task = asyncio.create_task(self._work())
         try: return await one["done"]
@@ -278,15 +282,28 @@ class Batcher:
         "Run batches until nobody waits."
         while self.waiting:
             if self.company and len(self.waiting) < self.size: await asyncio.sleep(self.wait)
-            batch, self.waiting = self.waiting[:self.size], self.waiting[self.size:]
-            batch = [b for b in batch if not b["done"].done()]      # who hung up is not worked for
+            batch = self._next()
             if not batch: continue
             self.seen(len(batch))
             for b in batch: b["began"] = time.perf_counter()
+            self.since = time.monotonic()
             results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
+            self.since = None
             self.company = len(batch) > 1 or bool(self.waiting)
             for b, r in zip(batch, results):
                 if not b["done"].done(): b["done"].set_exception(r) if isinstance(r, Exception) else b["done"].set_result(r)
+
+    def _next(self) -> list:
+        "Those whose turn it is; a part of something long alone, so that it holds nobody up for long."
+        now = time.perf_counter()
+        self.waiting = sorted((b for b in self.waiting if not b["done"].done()), key=lambda b: b["later"] and now - b["asked"] < _PATIENT)      # who hung up is not worked for
+        size = next((i for i, b in enumerate(self.waiting[:self.size]) if b["later"]), self.size) or 1
+        batch, self.waiting = self.waiting[:size], self.waiting[size:]
+        return batch
+
+    def busy(self) -> float:
+        "Seconds for which the present batch has been worked on."
+        return time.monotonic() - since if (since := self.since) else 0.
 
     def _safely(self, items):
         "Results, or the exception in place of a result; an item that breaks its batch does not spoil its neighbours."
@@ -310,6 +327,7 @@ class Models:
         "Swap if another model should be served; says whether it did."
         try:
             folder, label = self.resolve()
+            if label == self.label: self.refused = self.problem = None       # all is as it should be, again
             if label in (self.label, self.refused): return False
         except Exception as e:
             self.problem = f"the registry cannot be read: {e}"
@@ -357,6 +375,11 @@ class Metrics:
         self.model = prom.Info("voicelab_model", "The model in use", registry=r)
 
 # %% ../nbs/35_serve.ipynb #8a3dad48
+_PENDING = 64   # requests that may wait for the log, or for the search engine; one more goes without
+
+class Crowded(RuntimeError):
+    "Too many wait for the same already."
+
 _now = contextvars.ContextVar("request", default=None)    # what is known of the request that is worked on here
 
 class Service:
@@ -373,7 +396,8 @@ class Service:
         self.draining, self.lines, self.spans = False, Lines(), Spans()
         self.inside, self.most, self.longest = 0, setting("QUEUE") + setting("BATCH"), setting("WAIT_MS") / 1000
         self.pace, self.usual = 0., 0.                         # seconds of work a second of audio, and seconds of audio a clip, of late
-        self.threads = ThreadPoolExecutor(4, thread_name_prefix="work")
+        self.threads, self.pending, self.held = ThreadPoolExecutor(4, thread_name_prefix="work"), Counter(), 0      # held: bytes of uploads under way
+        self.pools = {stage: ThreadPoolExecutor(2, thread_name_prefix=stage) for stage in ("log", "search")}     # what others make us wait for holds up nothing else
         self.batcher = Batcher(self._recognise, setting("BATCH"), setting("BATCH_WAIT_MS") / 1000, self.metrics.batch.observe, lambda item: len(item[0]) / SAMPLE_RATE)
 
     def spent(self, stage: str, start: float, end: float = None):
@@ -392,10 +416,19 @@ class Service:
         return [r | dict(model=recognizer.label) for r in results]
 
     async def thread(self, stage: str, f, *args):
-        "Run something slow off the event loop, and count its time."
-        start = time.perf_counter()
-        try: return await asyncio.get_running_loop().run_in_executor(self.threads, f, *args)
-        finally: self.spent(stage, start)
+        "Run something slow off the event loop, and count its time; raises `Crowded`."
+        start, pool = time.perf_counter(), self.pools.get(stage, self.threads)
+        if stage in self.pools and self.pending[stage] >= _PENDING: raise Crowded(f"{stage} is {_PENDING} requests behind")
+        self.pending[stage] += 1
+        try: return await asyncio.get_running_loop().run_in_executor(pool, f, *args)
+        finally:
+            self.pending[stage] -= 1
+            self.spent(stage, start)
+
+    def hold(self, n: int):
+        "Count bytes of an upload under way; a 503 when all of them together are too many."
+        self.held += n
+        if self.held > 1e6 * setting("UPLOADS_MB"): raise ApiError(503, f"more than {setting('UPLOADS_MB')} MB of uploads are under way; try again in a moment", None, "overloaded", retry_after=1)
 
     def refused(self, seen: dict, e: ApiError) -> JSONResponse:
         "The answer to a request that is refused, counted by its reason."
@@ -442,9 +475,9 @@ async def _decode(service, f, *args):
     try: return await service.thread("decode", f, *args)
     except AudioError as e: raise ApiError(413 if e.code in ("too_big", "too_long", "too_slow") else 400, str(e), "file", e.code) from None
 
-async def _recognised(service, samples, options) -> dict:
+async def _recognised(service, samples, options, later=False) -> dict:
     "One clip or utterance through the queue; raises `ApiError`."
-    try: result = await service.batcher.submit((samples, options), service.spent)
+    try: result = await service.batcher.submit((samples, options), service.spent, later)
     except InputError as e: raise ApiError(400, str(e), None, "invalid_value") from None
     service.metrics.audio.inc(result["duration"])
     return result
@@ -458,7 +491,7 @@ async def _open(service, data: bytes) -> tuple:
 async def _utterances(service, reader: AudioReader, piece, options: dict):
     "Yield (start in s, result) of each utterance of a long clip, in order. Raises `ApiError`."
     listener, work = Listener(), deque()
-    def add(u): work.append((u.start, asyncio.create_task(_recognised(service, u.samples, options))))
+    def add(u): work.append((u.start, asyncio.create_task(_recognised(service, u.samples, options, later=True))))
     try:
         while True:
             for kind, what in await service.thread("listen", listener.feed, piece):
@@ -560,6 +593,7 @@ class Envelope:
         if scope["type"] != "http": return await self.app(scope, receive, send)
         seen = scope.setdefault("state", {})["seen"] = _seen(scope, self.service.models.label)
         service, started = self.service, False
+        seen["hold"] = service.hold
         _now.set(seen)
         async def wrapped(message):
             nonlocal started
@@ -579,6 +613,7 @@ class Envelope:
             if not started: await service.refused(seen, ApiError(500, "the server failed; the request id names the failure in its log", None, "internal"))(scope, receive, wrapped)
         finally:
             service.active -= not refusal
+            service.held -= seen["bytes"]
             _tell(service, seen, scope["method"], getattr(scope.get("route"), "path", scope["path"] if scope["path"] in _CLIPS else "other"))
 
     def _headers(self, seen, there) -> list:
@@ -625,6 +660,20 @@ def _handle_errors(app: FastAPI, service: Service):
         first = e.errors()[0]
         return service.refused(request.scope["state"]["seen"], ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", str(first["loc"][-1]), "invalid_value"))
 
+async def _while_there(request: Request, work):
+    "The result of a coroutine; it is cancelled when the caller goes away."
+    async def gone():
+        while (await request.receive())["type"] != "http.disconnect": pass
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done(): return work.result()
+        request.scope["state"]["seen"]["status"] = 499
+        raise ClientDisconnect
+    finally:
+        gone.cancel()
+        work.cancel()
+
 async def _clip_request(service, request: Request, check) -> tuple:
     "The common path of a clip: form, decoding, recognition, log. `check` turns the fields into options."
     seen = request.scope["state"]["seen"]
@@ -640,7 +689,7 @@ async def _clip_request(service, request: Request, check) -> tuple:
             if form.get("stream") and not reader.over:
                 seen["logged"] = "later"
                 return form, _as_it_is_done(service, seen, reader, piece, options, form, place.pop_all())
-            result = await _transcribe(service, reader, piece, **options)
+            result = await _while_there(request, _transcribe(service, reader, piece, **options))
         seen["model"], seen["audio_s"], clip = result["model"], result["duration"], (result, piece, reader.info, form["file"])
         return form, result
     except ApiError as e:
@@ -696,7 +745,7 @@ def _speech_routes(app: FastAPI, service: Service):
         form, result = await _clip_request(service, request, check_search)
         readings = [r["text"] for r in result.get("nbest", [])] or [result["text"]]
         try: found = await service.thread("search", service.search.search, readings, form["k"]) if result["text"] else []
-        except SearchError as e: raise ApiError(503, str(e), None, "search_unavailable", retry_after=5) from None
+        except (SearchError, Crowded) as e: raise ApiError(503, str(e), None, "search_unavailable", retry_after=5) from None
         seen = request.scope["state"]["seen"]
         return JSONResponse({k: result[k] for k in ("text", "confidence", "words", "duration", "model")} | dict(
             results=found, request_id=seen["id"], logged=seen["logged"], receipt=seen["receipt"]))

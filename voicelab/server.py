@@ -6,7 +6,7 @@
 __all__ = ['make_service', 'run_server', 'server']
 
 # %% ../nbs/37_server.ipynb #7db85c57
-import logging, os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
+import asyncio, logging, os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 
 from .core import InputError, free_port, home, setting
-from .front import start_front
+from .front import KeptFront
 from .keys import Keys
 from .live import add_live
 from .observe import Lines, Spans
@@ -46,6 +46,8 @@ def _purge_hourly(log: RequestLog):
         with suppress(Exception): log.purge()
         time.sleep(3600)
 
+_WEDGED = 120   # seconds; no batch takes so long
+
 class _Replica:
     "What Ray Serve runs and, when it dies, starts again: the web application, on a Unix socket, in a thread with an event loop of its own."
     def __init__(self, model, folder):
@@ -55,14 +57,19 @@ class _Replica:
         self.service = make_service(model)
         self.service.lines = Lines(out=_Pipe(f"{folder}/lines", self.service.metrics.lines_lost.inc))
         app = add_live(build_app(self.service), self.service)
-        self.web = uvicorn.Server(uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off"))
-        self.thread = threading.Thread(target=self.web.run, daemon=True, name="web")
+        config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off")
+        self.web, self.runner = uvicorn.Server(config), asyncio.Runner(loop_factory=config.get_loop_factory())
+        self.loop = self.runner.get_loop()
+        self.thread = threading.Thread(target=lambda: self.runner.run(self.web.serve()), daemon=True, name="web")
         self.thread.start()
         while not self.web.started:
             if not self.thread.is_alive(): raise InputError(f"the application cannot listen on {folder}/app.sock")
             time.sleep(.02)
-    def check_health(self):
+    async def check_health(self):
+        "Ray asks every few seconds, and starts another replica when this one raises or says nothing for long."
         if not self.thread.is_alive(): raise RuntimeError("the web application ended")
+        await asyncio.wait_for(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)), 20)
+        if self.service.batcher.busy() > _WEDGED: raise RuntimeError(f"the recogniser has worked on a batch for more than {_WEDGED} s")
     async def drain(self, seconds: float) -> int:
         left = await self.service.drain(seconds)
         self.service.spans.flush()
@@ -128,6 +135,7 @@ def _start_ray(folder: str):
 # %% ../nbs/37_server.ipynb #9393e51f
 def _check_address(host: str, port: int):
     "Refuse an address that is open to others without keys, or taken."
+    if setting("BEHIND_PROXY") and not len(Keys()): raise InputError("BEHIND_PROXY is set, so others come in through the proxy; make an API key first (`voicelab keys add NAME`)")
     if host not in ("127.0.0.1", "localhost", "::1"):
         if not len(Keys()): raise InputError(f"host {host!r} is open to other machines; make an API key first (`voicelab keys add NAME`), or use 127.0.0.1")
         if not setting("TLS_CERT") and not setting("BEHIND_PROXY"):
@@ -150,7 +158,7 @@ def _tls() -> dict:
     return files
 
 def _ray_folder() -> str:
-    "A new folder for Ray's files, named by our process; those of servers that were killed are removed."
+    "A new folder that only we can enter, named by our process; those of servers that were killed are removed."
     place = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())     # short: the paths of sockets are limited
     for old in place.glob("voicelab-ray-*-*"):
         pid = old.name.split("-")[2]
@@ -163,7 +171,7 @@ def _start(host: str, port: int, model, told: threading.Event):
     Lines(), Spans()                                         # a setting that will not do is told before anything is started
     folder, limit = _ray_folder(), setting("DRAIN_SECONDS")
     end_lines = _forward(f"{folder}/lines")
-    _start_ray(folder)
+    _start_ray(f"{folder}/r")                                # Ray opens its own folder to everybody, but not the one around it
     if threading.current_thread() is threading.main_thread():          # after Ray, which has a handler of its own
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda *_: told.set())
     import ray
@@ -172,8 +180,7 @@ def _start(host: str, port: int, model, told: threading.Event):
     def stop():
         try: application.drain.remote(limit).result(timeout_s=limit + 5)
         except Exception as e: Lines()("error", "not drained", error=f"{type(e).__name__}: {e}")
-        front.terminate()                                    # no new connections
-        front.wait()
+        front.stop()                                         # no new connections
         serve.shutdown()
         ray.shutdown()
         end_lines()
@@ -182,8 +189,8 @@ def _start(host: str, port: int, model, told: threading.Event):
     deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
     application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
     application._init(_run_router_in_separate_loop=True)       # we have no event loop here
-    if _tls(): Path(folder, "tls.pem").write_text("\n".join(Path(f).read_text() for f in _tls().values()))      # the folder is ours alone
-    front = start_front(folder, host, port)
+    for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).resolve())
+    front = KeptFront(folder, host, port, told=lambda said: Lines()("error", "front", error=said))
     return stop
 
 def run_server(
@@ -195,6 +202,7 @@ def run_server(
     "Serve until told to stop; raises `InputError` before anything is started when model or address will not do."
     host, port = host or setting("HOST"), setting("PORT") if port is None else port
     _check_address(host, port)
+    if setting("SEARCH_URL"): HttpSearch(setting("SEARCH_URL"))
     _, label = Registry().resolve(model or "champion")
     told = threading.Event()
     stop = _start(host, port, model, told)
