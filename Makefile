@@ -72,7 +72,7 @@ bench-labels: setup ## a twentieth of AN4's labels is spoilt: how many does the 
 	$(LEARNING) $(BIN)/python tests/bench_labels.py
 
 bench-serve: setup ## requests a second and CPU time a request, against in process and plain FastAPI, into reports/benchmarks/serve.json
-	$(BIN)/python tests/bench_serve.py
+	$(BIN)/python tests/bench_serve.py --hour
 
 bench-search: setup ## is the right page among the first five results of a spoken query? into reports/benchmarks/search.json
 	$(BIN)/python tests/bench_search.py

@@ -5,7 +5,7 @@ throughput that was found. It has the same cores as what it measures, so all rat
 Then an open loop at four times the throughput that was found: what is answered, how soon, with how much memory, and whether all is well five seconds later;
 a new champion and the old one again under load; and the uploads that mean harm of `test_faults.py`, how many took how long and how much memory.
 
-    python tests/bench_serve.py [--seconds 12] [--rounds 2] [--overload 60] [--hostile 2000]
+    python tests/bench_serve.py [--seconds 12] [--rounds 2] [--overload 60] [--hostile 2000] [--hour]
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pandas as pd
 import psutil
+import soundfile as sf
 from test_faults import hostile
 
 from voicelab.audio import read_audio, wav_bytes
@@ -174,11 +175,35 @@ def harm(url, pid, n):
     return {"tried": n, "5xx": sum(s >= 500 for _, s, _ in said), "hung": sum(b - a > 25 for a, _, b in said), "growth_mb": round(used(pid)[1] - before, 1), "longest_s": round(max(b - a for a, _, b in said), 2)}
 
 
+def hour(url, pid, folder, clips):
+    "An hour of speech in one file: how soon the first words and the last came, and how many megabytes it took at most."
+    pause, parts, n = np.zeros(12000, np.float32), [], 0
+    while n < 3600 * 16000:
+        parts += [clips[len(parts) // 2 % len(clips)], pause]
+        n += len(parts[-2]) + len(pause)
+    with sf.SoundFile(folder / "hour.ogg", "w", 16000, 1, format="OGG", subtype="VORBIS") as f:
+        for p in parts: f.write(p)                                             # libsndfile's encoder does not take an hour at once
+    mb, done = [used(pid)[1]], threading.Event()
+    def watch():
+        while not done.wait(.5): mb.append(used(pid)[1])
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, first, words, last = time.perf_counter(), None, 0, ""
+    with httpx.stream("POST", url + "/v1/audio/transcriptions", files=dict(file=("hour.ogg", (folder / "hour.ogg").read_bytes())), data=dict(stream="true"), timeout=1800) as r:
+        for line in r.iter_lines():
+            if '"transcript.text.delta"' in line: first, words = first or time.perf_counter() - start, words + len(json.loads(line[6:])["delta"].split())
+            if line: last = line
+    done.set()
+    watcher.join()
+    return dict(seconds=round(n / 16000), file_mb=round((folder / "hour.ogg").stat().st_size / 2**20, 1), status=r.status_code, finished='"transcript.text.done"' in last, words=words, first_words_s=round(first, 2), all_s=round(time.perf_counter() - start, 1), growth_mb=round(max(mb) - mb[0], 1))
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--seconds", type=int, default=12)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--overload", type=int, default=60, metavar="SECONDS")
+    p.add_argument("--hour", action="store_true", help="transcribe an hour of audio, too")
     p.add_argument("--hostile", type=int, default=2000, metavar="UPLOADS")
     a = p.parse_args()
     rows = []
@@ -198,6 +223,7 @@ def main():
         t = pd.DataFrame(rows)
         with ours(tmp) as (url, pid):
             too_much = overload(url, pid, tmp, t[(t.what == "voicelab") & t.pace.isna()].per_s.max(), a.overload)
+            long = hour(url, pid, tmp, speech) if a.hour else None
             swapped, harmed = swaps(url, tmp, registry, (tmp / "clips" / "00.wav").read_bytes()), harm(url, pid, a.hostile)
     print(t.round(1).to_string())
     closed = t[t.clients.isin(CLIENTS) & t.pace.isna()]
@@ -209,7 +235,7 @@ def main():
     live = json.loads(LIVE.read_text()) if LIVE.is_file() else None
     said = dict(clients=served.to_dict("index"), ratio_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), ratio_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
                 overhead_core_ms=extra.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10), unloaded_p95_excess_ms=float(alone["voicelab"] - 1.5 * alone["in process"]),
-                overload=too_much, swap_failed=swapped["failed"], swap=swapped, hostile=harmed,
+                overload=too_much, swap_failed=swapped["failed"], swap=swapped, hostile=harmed, hour=long,
                 stream=live and dict(first_partial_p95_ms={k: live[k]["first_words_ms"]["p95"] for k in ("realtime", "vosk")}, final_p95_ms=live["realtime"]["final_after_end_ms"]["p95"], commit=live["commit"]))
     print(json.dumps(said, indent=1))
     write_json(OUT, dict(said, table=json.loads(t.to_json(orient="records")), measured_by=f"python {' '.join(['tests/bench_serve.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))

@@ -158,3 +158,15 @@ def test_sigterm_under_load(toy_home, monkeypatch, request):
     assert [l["left"] for l in map(json.loads, server.err) if l["event"] == "drained"] == [0]
     monkeypatch.setenv("VOICELAB_HOME", str(toy_home))
     assert {r.headers["x-request-id"] for r in done} <= set(RequestLog().rows().request_id)
+
+
+def test_alerts_name_real_metrics():
+    "Every metric and label value of the alerting rules in examples/ is one that the server has."
+    import yaml
+    from voicelab.serve import Metrics
+    metrics = Metrics()
+    names = {m.name + end for m in metrics.registry.collect() for end in ("", "_total", "_bucket", "_sum", "_count")} | {"up"}
+    rules = yaml.safe_load((Path(__file__).parent.parent / "examples" / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert len({r["alert"] for r in rules}) == len(rules) >= 6 and all(r["annotations"]["summary"] for r in rules)
+    used = {n for r in rules for n in re.findall(r"\b(?:voicelab_\w+|up)\b(?=[{\[ ])", r["expr"])}
+    assert used <= names and len(used) >= 6, used - names

@@ -346,20 +346,27 @@ def test_failed_requests_are_measured_with_consent(url, toy_home, monkeypatch):
 
 
 def test_locked_log_does_not_fail_requests(url, toy_home, monkeypatch):
-    "With the log's database locked the answer still comes, says that nothing was kept, and the loss is counted."
+    "With the log's database locked the answers still come, say that nothing was kept, and each loss is counted; who did not want to be logged does not wait."
+    lost = lambda: float(re.search(r"^voicelab_log_failures_total (\S+)", httpx.get(f"{url}/metrics", timeout=60).text, re.M)[1])
+    before = lost()
     db = sqlite3.connect(toy_home / "log" / "requests.sqlite", isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
-    try: r = say(url, headers={"x-voicelab-consent": "transcript"})
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            wanted = [pool.submit(say, url, headers={"x-voicelab-consent": "transcript"}) for _ in range(3)]
+            others = [say(url) for _ in range(10)]
+            assert not any(w.done() for w in wanted), "it waits for nobody's lock"
+            wanted = [w.result() for w in wanted]
     finally: db.execute("ROLLBACK"); db.close()
-    assert (r.status_code, r.json()["text"], r.headers["x-voicelab-logged"]) == (200, SAID, "none")
-    assert "voicelab_log_failures_total 1.0" in httpx.get(f"{url}/metrics", timeout=60).text
+    assert {(r.status_code, r.json()["text"], r.headers["x-voicelab-logged"]) for r in [*wanted, *others]} == {(200, SAID, "none")}
+    assert lost() == before + 3
     assert say(url, headers={"x-voicelab-consent": "transcript"}).headers["x-voicelab-logged"] == "transcript"
 
 
 # ---- a new champion, and the hard way out
 
 def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, request):
-    """A new champion, and a rollback, are served without a restart and without a failed request, a damaged one is refused;
+    """A new champion, and a rollback, are served without a restart and without a failed request, a damaged one and one without its file are refused;
     then kill -9: every acknowledged row and recording is there, and a new server starts."""
     home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
     monkeypatch.setenv("VOICELAB_HOME", str(home))
@@ -387,6 +394,13 @@ def test_swap_under_load_then_kill(toy_home, docs, tmp_path, monkeypatch, reques
             db.execute("UPDATE aliases SET version = ? WHERE alias = 'champion'", (third,))
         end = time.time() + 90
         while time.time() < end and not httpx.get(f"{url}/readyz", timeout=60).json()["problem"]: time.sleep(.2)
+        assert httpx.get(f"{url}/readyz", timeout=60).json() == dict(status="ready", model="voicesearch@2", problem=True)
+        fourth = registry.register("voicesearch", registry.get("voicesearch", 1))
+        registry.get("voicesearch", fourth).chmod(0o755)
+        (registry.get("voicesearch", fourth) / "model.onnx").unlink()
+        with closing(sqlite3.connect(home / "registry" / "registry.sqlite")) as db, db: db.execute("UPDATE aliases SET version = ? WHERE alias = 'champion'", (fourth,))
+        end = time.time() + 90
+        while time.time() < end and 'model_swaps_total{outcome="failed"} 2.0' not in httpx.get(f"{url}/metrics", timeout=60).text: time.sleep(.2)
         assert httpx.get(f"{url}/readyz", timeout=60).json() == dict(status="ready", model="voicesearch@2", problem=True)
         registry.rollback("voicesearch", "tests", "back")
         until("voicesearch@1")
