@@ -11,7 +11,7 @@ export OPENBLAS_NUM_THREADS = 1
 # glibc gives the pages of a training step back and asks for them again, unless told to keep them
 LEARNING = MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve bench-search base audit clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy base audit clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -39,10 +39,10 @@ lab: setup ## JupyterLab on the notebooks
 test: setup ## everything that CI runs: repository rules, notebooks, rooms, and the quick cycles
 	$(BIN)/pytest tests
 
-base: setup ## make the base model again (hours): voicelab/base
-	$(BIN)/voicelab phase 0_base
+base: setup ## make the base model again (an hour or two): voicelab/base
+	$(LEARNING) $(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve bench-search ## all benchmarks but bench-an4
+bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy ## all benchmarks but bench-an4
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
@@ -76,6 +76,9 @@ bench-serve: setup ## requests a second and CPU time a request, against in proce
 
 bench-search: setup ## is the right page among the first five results of a spoken query? into reports/benchmarks/search.json
 	$(BIN)/python tests/bench_search.py
+
+bench-policy: setup ## what evening out and trimming do to transcripts, and what they cost, into reports/benchmarks/policy.json
+	$(BIN)/python tests/bench_policy.py
 
 audit: setup ## known weaknesses of what the server needs; fails where a package's record cannot be read
 	$(BIN)/uv run -q --no-project --python $(BIN)/python --with pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r requirements-serve.lock
