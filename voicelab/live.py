@@ -38,15 +38,15 @@ class Stream:
         keywords=None,         # `Keywords` to listen for
     ):
         self.service, self.seen, self.listener, self.keywords = service, seen, listener, keywords
-        self.next_partial, self.quiet = 0, 0.      # quiet: seconds since somebody spoke
+        self.next_partial, self.heard = 0, time.monotonic()      # heard: when somebody spoke, or committed
 
     async def feed(self,
         samples: np.ndarray,  # (n,) float32 at the listener's rate
     ):
         "Yield what a piece of the stream gives: dict(kind=started|partial|ended|final|failed, …); raises `NobodySpeaks`."
         events = await self.service.thread("listen", self.listener.feed, samples)
-        self.quiet = 0. if events or self.listener.speaking or not self.listener.rules else self.quiet + len(samples) / self.listener.rate
-        if self.quiet > setting("NO_SPEECH_SECONDS"): raise NobodySpeaks(f"nobody spoke for {setting('NO_SPEECH_SECONDS'):g} s")
+        if events or self.listener.speaking: self.heard = time.monotonic()
+        if time.monotonic() - self.heard > setting("NO_SPEECH_SECONDS"): raise NobodySpeaks(f"nobody spoke for {setting('NO_SPEECH_SECONDS'):g} s")
         for kind, what in events:
             if kind == "started":
                 self.next_partial = 0
@@ -57,13 +57,18 @@ class Stream:
         now = time.perf_counter()
         if self.listener.speaking and now >= self.next_partial:
             heard = self.listener.so_far
-            result = await self.service.batcher.submit((np.concatenate([heard, _TAIL]), dict(keywords=self.keywords, quick=True)))
+            try: result = await self.service.batcher.submit((np.concatenate([heard, _TAIL]), dict(keywords=self.keywords, quick=True)))
+            except Exception as e:                                      # the final text will tell
+                self.service.lines("error", "failure", request_id=self.seen["id"], error=type(e).__name__, where=_where(e))
+                self.next_partial = now + 5
+                return
             took = time.perf_counter() - now
             self.next_partial = now + max(_EARLY if len(heard) < 1.5 * SAMPLE_RATE else _EVERY, 3 * took)
             if result["text"]: yield dict(kind="partial", text=result["text"])
 
     async def commit(self):
         "Yield `ended` and `final` of what came so far, or nothing when nothing did."
+        self.heard = time.monotonic()
         what = await self.service.thread("listen", self.listener.commit)
         if what:
             yield dict(kind="ended", utterance=what)
@@ -311,19 +316,25 @@ class _Vosk:
                 await self.ws.send_text(json.dumps(dict(error=dict(message=str(e), type="invalid_request_error", param=getattr(e, "param", None), code=getattr(e, "code", None)))))
                 return await self.ws.close(1008)
         if self.service.draining:
-            await self.control(dict(eof=1))
+            with suppress(ApiError): await self.control(dict(eof=1))
             await self.ws.close(*_STOPPING)
+
+    async def last(self) -> list:
+        "The final of what was said so far; raises `ApiError`."
+        events = [e async for e in self.stream.commit()] if self.stream else []
+        for e in events:
+            if e["kind"] == "failed": raise ApiError(500, _FAILED.format(e["seen"]["id"]), None, "internal")
+        return [e for e in events if e["kind"] == "final"]
 
     async def control(self, given) -> bool:
         "A text message; says whether the connection goes on."
         _known(given, "the message", "config", "eof", "reset")
         if "config" in given:
-            last = [e async for e in self.stream.commit() if e["kind"] == "final" and e["result"]["text"]] if self.stream else []
+            last = await self.last()
             self.configure(given["config"])
-            if last: await self.ws.send_text(json.dumps(self.result(last)))       # what was said before the settings changed
+            if any(e["result"]["text"] for e in last): await self.ws.send_text(json.dumps(self.result(last)))       # what was said before the settings changed
         if "eof" in given or "reset" in given:
-            last = [e async for e in self.stream.commit() if e["kind"] == "final"] if self.stream else []
-            await self.ws.send_text(json.dumps(self.result(last)))
+            await self.ws.send_text(json.dumps(self.result(await self.last())))
             self.partial = ""
         return "eof" not in given
 

@@ -257,8 +257,8 @@ class Batcher:
         weigh=lambda item: 1,  # item -> how much work it is
     ):
         self.run, self.size, self.wait, self.seen, self.weigh = run, size, wait, seen or (lambda n: None), weigh
+        self.long_before, self.worker = False, ThreadPoolExecutor(1, thread_name_prefix="recognise")
         self.waiting, self.task, self.company, self.ahead, self.since = [], None, False, 0, None       # ahead: the work that is not done yet; since: when the batch began that is worked on
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="recognise")
 
     async def submit(self,
         item,  # what `run` takes
@@ -287,18 +287,20 @@ class Batcher:
             self.seen(len(batch))
             for b in batch: b["began"] = time.perf_counter()
             self.since = time.monotonic()
-            results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
-            self.since = None
+            try: results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
+            finally: self.since = None
             self.company = len(batch) > 1 or bool(self.waiting)
             for b, r in zip(batch, results):
                 if not b["done"].done(): b["done"].set_exception(r) if isinstance(r, Exception) else b["done"].set_result(r)
 
     def _next(self) -> list:
         "Those whose turn it is; a part of something long alone, so that it holds nobody up for long."
-        now = time.perf_counter()
-        self.waiting = sorted((b for b in self.waiting if not b["done"].done()), key=lambda b: b["later"] and now - b["asked"] < _PATIENT)      # who hung up is not worked for
-        size = next((i for i, b in enumerate(self.waiting[:self.size]) if b["later"]), self.size) or 1
-        batch, self.waiting = self.waiting[:size], self.waiting[size:]
+        self.waiting = [b for b in self.waiting if not b["done"].done()]      # who hung up is not worked for
+        short, long = [b for b in self.waiting if not b["later"]], [b for b in self.waiting if b["later"]]
+        if short and (not long or self.long_before or time.perf_counter() - long[0]["asked"] < _PATIENT): batch, self.long_before = short[:self.size], False
+        else: batch, self.long_before = long[:1], True                        # one that has waited long, but never two in a row while others wait
+        taken = {id(b) for b in batch}
+        self.waiting = [b for b in self.waiting if id(b) not in taken]
         return batch
 
     def busy(self) -> float:
@@ -308,7 +310,9 @@ class Batcher:
     def _safely(self, items):
         "Results, or the exception in place of a result; an item that breaks its batch does not spoil its neighbours."
         try: return self.run(items)
-        except Exception as e: return [e] if len(items) == 1 else [r for i in items for r in self._safely([i])]
+        except BaseException as e:
+            if len(items) > 1: return [r for i in items for r in self._safely([i])]
+            return [e if isinstance(e, Exception) and not isinstance(e, StopIteration) else RuntimeError(repr(e))]     # what a future takes
 
 # %% ../nbs/35_serve.ipynb #26cef007
 class Models:
@@ -375,7 +379,7 @@ class Metrics:
         self.model = prom.Info("voicelab_model", "The model in use", registry=r)
 
 # %% ../nbs/35_serve.ipynb #8a3dad48
-_PENDING = 64   # requests that may wait for the log, or for the search engine; one more goes without
+_PENDING, _LATE = 64, 3.0   # requests that may wait for the log, or for the search engine, and for how many seconds; one more, or later, goes without
 
 class Crowded(RuntimeError):
     "Too many wait for the same already."
@@ -394,7 +398,7 @@ class Service:
         self.streams = self.active = 0                         # live ones that are open; HTTP requests that were let in
         self.metrics.open.set_function(lambda: self.active)
         self.draining, self.lines, self.spans = False, Lines(), Spans()
-        self.inside, self.most, self.longest = 0, setting("QUEUE") + setting("BATCH"), setting("WAIT_MS") / 1000
+        self.inside, self.long, self.most, self.longest = 0, 0, setting("QUEUE") + setting("BATCH"), setting("WAIT_MS") / 1000
         self.pace, self.usual = 0., 0.                         # seconds of work a second of audio, and seconds of audio a clip, of late
         self.threads, self.pending, self.held = ThreadPoolExecutor(4, thread_name_prefix="work"), Counter(), 0      # held: bytes of uploads under way
         self.pools = {stage: ThreadPoolExecutor(2, thread_name_prefix=stage) for stage in ("log", "search")}     # what others make us wait for holds up nothing else
@@ -419,8 +423,11 @@ class Service:
         "Run something slow off the event loop, and count its time; raises `Crowded`."
         start, pool = time.perf_counter(), self.pools.get(stage, self.threads)
         if stage in self.pools and self.pending[stage] >= _PENDING: raise Crowded(f"{stage} is {_PENDING} requests behind")
+        def in_time():
+            if stage in self.pools and time.perf_counter() - start > _LATE: raise Crowded(f"{stage} is more than {_LATE:g} s behind")
+            return f(*args)
         self.pending[stage] += 1
-        try: return await asyncio.get_running_loop().run_in_executor(pool, f, *args)
+        try: return await asyncio.get_running_loop().run_in_executor(pool, in_time)
         finally:
             self.pending[stage] -= 1
             self.spent(stage, start)
@@ -452,8 +459,8 @@ _FEW = 4   # so many requests are never too many
 
 def _busy(service):
     "A 503 when there is no place for one more request, or when its words would come too late; else None."
-    if service.inside < _FEW: return None
-    wait = service.pace * max(service.batcher.ahead, service.inside * service.usual)
+    short = service.inside - service.long                         # long files let others go first
+    wait = service.pace * max(service.batcher.ahead, short * service.usual) if short >= _FEW else 0.
     if service.inside < service.most and wait <= service.longest: return None
     return ApiError(503, f"the server is busy with {service.inside} requests; try again in a moment", None, "overloaded", retry_after=max(1, math.ceil(wait)))
 
@@ -686,6 +693,9 @@ async def _clip_request(service, request: Request, check) -> tuple:
             place.enter_context(_admitted(service))
             reader, piece = await _open(service, form["file"])
             options = dict(keywords=form["keywords"], nbest=form.get("nbest", 0))
+            if not reader.over:
+                service.long += 1
+                place.callback(lambda: setattr(service, "long", service.long - 1))
             if form.get("stream") and not reader.over:
                 seen["logged"] = "later"
                 return form, _as_it_is_done(service, seen, reader, piece, options, form, place.pop_all())

@@ -189,8 +189,8 @@ def _start(host: str, port: int, model, told: threading.Event):
     deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
     application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
     application._init(_run_router_in_separate_loop=True)       # we have no event loop here
-    for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).resolve())
-    front = KeptFront(folder, host, port, told=lambda said: Lines()("error", "front", error=said))
+    for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).absolute())      # a certificate that is renewed is read when the front starts again
+    front = KeptFront(folder, host, port, bool(_tls()), told=lambda said: Lines()("error", "front", error=said))
     return stop
 
 def run_server(
@@ -201,12 +201,13 @@ def run_server(
 ):
     "Serve until told to stop; raises `InputError` before anything is started when model or address will not do."
     host, port = host or setting("HOST"), setting("PORT") if port is None else port
+    if host == "localhost": host = "127.0.0.1"               # one address, whatever the name may mean
     _check_address(host, port)
     if setting("SEARCH_URL"): HttpSearch(setting("SEARCH_URL"))
     _, label = Registry().resolve(model or "champion")
     told = threading.Event()
     stop = _start(host, port, model, told)
-    print(f"serving {label} on {'https' if _tls() else 'http'}://{host}:{port}  (Ctrl-C stops)", flush=True)
+    print(f"serving {label} on {'https' if _tls() else 'http'}://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops)", flush=True)
     if not block: return stop
     while not told.wait(.5): pass
     print("stopping", flush=True)
