@@ -57,7 +57,7 @@ from voicelab.audio import decode_audio
 from voicelab.recognizer import Recognizer
 from voicelab.serve import Batcher
 r, app, threads = Recognizer(sys.argv[1], threads=2), FastAPI(), ThreadPoolExecutor(4)
-batcher = Batcher(lambda items: r.transcribe(items), 8, .003)
+batcher = Batcher(lambda items: r.transcribe(items), 8, .008)
 @app.post("/v1/audio/transcriptions")
 async def transcribe(file: UploadFile):
     samples = await asyncio.get_running_loop().run_in_executor(threads, lambda data: decode_audio(data)[0], await file.read())

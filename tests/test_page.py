@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from conftest import chromium
 
-from voicelab.audio import write_wav
+from voicelab.audio import read_audio, write_wav
 from voicelab.core import write_jsonl
+from voicelab.evaluate import counts
 from voicelab.export import toy_tones
+from voicelab.importers import import_corpus
 from voicelab.requestlog import RequestLog
 from voicelab.server import server
+from voicelab.synth import make_voicesearch
+from voicelab.text import normalize
 
 playwright = pytest.importorskip("playwright.sync_api")
 SAID = "a bad cab"
@@ -210,14 +214,40 @@ def test_other_pages(page, url, path, words):
     shows(page, "body", words)
 
 
+@pytest.fixture(scope="module")
+def base_url(base_home):
+    "A server with the base model, over the built-in documents."
+    with server(env=dict(VOICELAB_HOME=str(base_home), VOICELAB_LOG_LEVEL="off")) as url: yield url
+
+
+@pytest.mark.parametrize("corpus", ["an4", "voicesearch"])
+def test_speech_is_heard(request, chromiums, base_url, corpus, tmp_path):
+    "The base model, hands-free: of three clips of a corpus that it never heard, through browser, resampling and network, most words come; a synthetic query finds pages."
+    if corpus == "an4":
+        request.getfixturevalue("corpora")
+        table = import_corpus("an4").query("split == 'dev' and 1.5 < duration < 4").drop_duplicates("speaker").head(3)
+    else: table = make_voicesearch(tmp_path / "corpus", dict(test=40), seed=3).query("1.5 < duration < 4").head(3)
+    errors = words = found = 0
+    for i, row in enumerate(table.itertuples()):
+        clip = write_wav(tmp_path / f"{i}.wav", np.r_[np.zeros(8000), read_audio(row.audio_filepath), np.zeros(16000 * 6)].astype(np.float32))
+        browser = chromium(chromiums, clip)
+        page = browser.new_page(viewport=dict(width=390, height=844))
+        page.goto(base_url)
+        page.check("#handsfree")
+        page.wait_for_selector("#transcript .w", timeout=60_000)
+        c = counts(row.text, normalize(page.inner_text("#transcript")))
+        errors, words, found = errors + c["errors"], words + c["words"], found + page.locator("#results li").count()
+        browser.close()
+    assert len(table) == 3 and errors <= .35 * words, (errors, words)
+    assert corpus == "an4" or found
+
+
 def test_picture(request, chromiums, tmp_path):
     "A picture for the README, when asked for: VOICELAB_PICTURES=reports/pictures. The base model hears a query of the default corpus."
     folder = os.environ.get("VOICELAB_PICTURES")
     if not folder: pytest.skip("set VOICELAB_PICTURES to a folder to get a picture")
-    from voicelab.audio import read_audio
     from voicelab.recognizer import load_recognizer
     from voicelab.registry import Registry
-    from voicelab.synth import make_voicesearch
     home = request.getfixturevalue("base_home")
     recognizer = load_recognizer(registry=Registry(home / "registry"))
     clips = [(r.text, read_audio(r.audio_filepath)) for r in make_voicesearch(tmp_path / "corpus", dict(test=60), seed=3).itertuples()]

@@ -252,13 +252,13 @@ class Batcher:
     def __init__(self,
         run,  # list of items -> list of results, called in the worker thread
         size: int,  # largest batch
-        wait: float,  # seconds that an item waits for company
+        wait: float,  # seconds that items wait, at most, until as many are there as were about a moment ago
         seen=None,  # called with the size of each batch
         weigh=lambda item: 1,  # item -> how much work it is
     ):
         self.run, self.size, self.wait, self.seen, self.weigh = run, size, wait, seen or (lambda n: None), weigh
         self.long_before, self.worker = False, ThreadPoolExecutor(1, thread_name_prefix="recognise")
-        self.waiting, self.task, self.company, self.ahead, self.since = [], None, False, 0, None       # ahead: the work that is not done yet; since: when the batch began that is worked on
+        self.waiting, self.task, self.company, self.ahead, self.since = [], None, 0, 0, None       # ahead: the work that is not done yet; since: when the batch began that is worked on
 
     async def submit(self,
         item,  # what `run` takes
@@ -281,7 +281,8 @@ class Batcher:
     async def _work(self):
         "Run batches until nobody waits."
         while self.waiting:
-            if self.company and len(self.waiting) < self.size: await asyncio.sleep(self.wait)
+            end = time.perf_counter() + self.wait
+            while len(self.waiting) < min(self.company, self.size) and time.perf_counter() < end: await asyncio.sleep(.001)
             batch = self._next()
             if not batch: continue
             self.seen(len(batch))
@@ -289,7 +290,7 @@ class Batcher:
             self.since = time.monotonic()
             try: results = await asyncio.get_running_loop().run_in_executor(self.worker, self._safely, [b["item"] for b in batch])
             finally: self.since = None
-            self.company = len(batch) > 1 or bool(self.waiting)
+            self.company = len(batch) + len(self.waiting)        # so many are about: with one alone there is nobody to wait for
             for b, r in zip(batch, results):
                 if not b["done"].done(): b["done"].set_exception(r) if isinstance(r, Exception) else b["done"].set_result(r)
 
