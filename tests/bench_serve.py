@@ -143,7 +143,8 @@ def overload(url, pid, folder, capacity, seconds):
     return dict(asked_per_s=round(4 * capacity, 1), sent_per_s=r["per_s"], seconds=seconds, statuses={str(k): int(v) for k, v in t.status.value_counts().items()},
                 without_retry_after=int((t.status.isin([429, 503]) & ~t.retry_after).sum()), accepted_per_s=round(len(good) / seconds, 1), accepted_p50_ms=float(good.ms.median()), p95_ms=float(good.ms.quantile(.95)), other_statuses=int((~t.status.isin([200, 429, 503])).sum()),
                 refused_p95_ms=float(t[t.status != 200].ms.quantile(.95)), limit_ms=Scope().targets["latency_p95_ms"], mb_before=mb[0], mb_middle=mb[len(mb) // 2], mb_most=max(mb), mb_end=mb[-1],
-                calm_p95_ms=float(np.quantile([x[1] for x in calm], .95)), after_p95_ms=float(np.quantile([x[1] for x in after], .95)), after_not_200=sum(x[0] != 200 for x in after), recovered_s=5)
+                calm_p95_ms=float(np.quantile([x[1] for x in calm], .95)), after_p95_ms=float(np.quantile([x[1] for x in after], .95)), after_not_200=sum(x[0] != 200 for x in after),
+                recovered_s=5 if all(x[0] == 200 for x in after) and np.quantile([x[1] for x in after], .95) <= 1.5 * np.quantile([x[1] for x in calm], .95) else None)
 
 
 def swaps(url, folder, registry, clip):

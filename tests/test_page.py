@@ -222,7 +222,7 @@ def base_url(base_home):
 
 @pytest.mark.parametrize("corpus", ["an4", "voicesearch"])
 def test_speech_is_heard(request, chromiums, base_url, corpus, tmp_path):
-    "The base model, hands-free: of three clips of a corpus that it never heard, through browser, resampling and network, most words come; a synthetic query finds pages."
+    "The base model, hands-free: of three clips that it never heard, through browser, resampling and network, most words come; a synthetic query finds pages."
     if corpus == "an4":
         request.getfixturevalue("corpora")
         table = import_corpus("an4").query("split == 'dev' and 1.5 < duration < 4").drop_duplicates("speaker").head(3)

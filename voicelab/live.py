@@ -20,7 +20,7 @@ from .core import InputError, setting
 from .decode import Keywords
 from .listen import RATES, EndPointing, Listener, Utterance
 from .requestlog import consent_scopes
-from .serve import ApiError, Service, _logprobs, _now, _recognised, _record, _refusal, _seen, _tell, _usage, _where
+from .serve import ApiError, Service, _logprobs, _now, _recognised, _record, _refusal, _seen, _tell, _usage, _where, error_fields
 
 # %% ../nbs/36_live.ipynb #4fb5c063
 _TAIL = np.zeros(int(.2 * SAMPLE_RATE), np.float32)       # silence after a clip that ends in the middle of a word
@@ -101,7 +101,10 @@ def pcm(
     return np.frombuffer(data, "<i2").astype(np.float32) / 32768
 
 # %% ../nbs/36_live.ipynb #a8181036
-_FAILED = "the recogniser failed on this utterance; the request id {} names the failure in the server's log"
+def _failure(e: dict) -> ApiError:
+    "What is said of an utterance on which the recogniser failed."
+    return ApiError(500, f"the recogniser failed on this utterance; the request id {e['seen']['id']} names the failure in the server's log", None, "internal")
+
 _IDLE = 60   # seconds without a message after which a stream is closed
 _STOPPING = 1012, "the server restarts; connect again"
 
@@ -205,8 +208,7 @@ class _Realtime:
                 await self.handle(event)
             except (ApiError, InputError) as e:
                 name = event.get("event_id")
-                await self.send("error", error=dict(type="invalid_request_error", message=str(e), code=getattr(e, "code", None), param=getattr(e, "param", None),
-                                                    event_id=name if isinstance(name, str) else None))
+                await self.send("error", error=error_fields(e) | dict(event_id=name if isinstance(name, str) else None))
         if self.service.draining:
             async for e in self.stream.commit(): await self.tell(e)
             await self.ws.close(*_STOPPING)
@@ -281,7 +283,7 @@ class _Realtime:
                 await self._delta(e["result"]["text"])
                 await self._completed(e)
             else:
-                await self.send("conversation.item.input_audio_transcription.failed", item_id=self.item, content_index=0, error=dict(type="server_error", code="internal", message=_FAILED.format(e["seen"]["id"]), param=None))
+                await self.send("conversation.item.input_audio_transcription.failed", item_id=self.item, content_index=0, error=error_fields(_failure(e)))
             self.item, self.previous, self.before, self.sent = None, self.item, "", ""
 
     async def _delta(self, text):
@@ -313,8 +315,8 @@ class _Vosk:
                 if isinstance(message, bytes): await self.audio(message)
                 elif not await self.control(_object(message, "the message")): return await self.ws.close()
             except (ApiError, InputError) as e:
-                await self.ws.send_text(json.dumps(dict(error=dict(message=str(e), type="invalid_request_error", param=getattr(e, "param", None), code=getattr(e, "code", None)))))
-                return await self.ws.close(1008)
+                await self.ws.send_text(json.dumps(dict(error=error_fields(e))))
+                return await self.ws.close(1011 if getattr(e, "status", 400) >= 500 else 1008)
         if self.service.draining:
             with suppress(ApiError): await self.control(dict(eof=1))
             await self.ws.close(*_STOPPING)
@@ -323,7 +325,7 @@ class _Vosk:
         "The final of what was said so far; raises `ApiError`."
         events = [e async for e in self.stream.commit()] if self.stream else []
         for e in events:
-            if e["kind"] == "failed": raise ApiError(500, _FAILED.format(e["seen"]["id"]), None, "internal")
+            if e["kind"] == "failed": raise _failure(e)
         return [e for e in events if e["kind"] == "final"]
 
     async def control(self, given) -> bool:
@@ -355,7 +357,7 @@ class _Vosk:
         finals = []
         async for e in self.stream.feed(pcm(data)):
             if e["kind"] == "final": finals, self.partial = finals + [e], ""
-            elif e["kind"] == "failed": raise ApiError(500, _FAILED.format(e["seen"]["id"]), None, "internal")
+            elif e["kind"] == "failed": raise _failure(e)
             elif e["kind"] == "partial": self.partial = e["text"]
         await self.ws.send_text(json.dumps(self.result(finals) if finals else dict(partial=self.partial)))
 

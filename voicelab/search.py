@@ -147,8 +147,9 @@ class HttpSearch:
         for i, reading in enumerate(list(dict.fromkeys([query] if isinstance(query, str) else query))[:3]):
             if i and time.monotonic() > end: break                     # the best reading was asked for
             try: pages = _hits(self.client.get(self.address.replace("{query}", quote(reading)).replace("{k}", str(k))).raise_for_status().json())
-            except (httpx.HTTPError, ValueError) as e:
+            except (httpx.HTTPError, ValueError, SearchError) as e:
                 if i: break
+                if isinstance(e, SearchError): raise
                 raise SearchError(f"the search engine does not answer as it should ({type(e).__name__}); try again in a moment") from None
             for place, page in enumerate(pages):
                 score = round(.9 ** i / (1 + place), 4)

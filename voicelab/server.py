@@ -104,7 +104,7 @@ def _forward(path):
     return end
 
 # %% ../nbs/37_server.ipynb #7eb52e9e
-_RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0", RAY_SERVE_ENABLE_DIRECT_INGRESS="0", RAY_SERVE_USE_GRPC_BY_DEFAULT="0",
+_RAY_ENV = dict(RAY_USAGE_STATS_ENABLED="0",
                 RAY_enable_worker_prestart="0", RAY_prestart_worker_first_driver="0", RAY_enable_metrics_collection="0", OMP_NUM_THREADS="1",
                 RAY_worker_register_timeout_seconds="300", RAY_worker_niceness="0",   # by default 15: anything else on the machine would go first
                 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")   # with this, also on Linux, Ray's processes listen on 127.0.0.1 only
@@ -136,7 +136,7 @@ def _start_ray(folder: str):
 def _check_address(host: str, port: int):
     "Refuse an address that is open to others without keys, or taken."
     if setting("BEHIND_PROXY") and not len(Keys()): raise InputError("BEHIND_PROXY is set, so others come in through the proxy; make an API key first (`voicelab keys add NAME`)")
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in ("127.0.0.1", "::1"):
         if not len(Keys()): raise InputError(f"host {host!r} is open to other machines; make an API key first (`voicelab keys add NAME`), or use 127.0.0.1")
         if not setting("TLS_CERT") and not setting("BEHIND_PROXY"):
             raise InputError(f"host {host!r} is open to other machines; give --tls-cert and --tls-key (a phone's microphone needs HTTPS), set VOICELAB_BEHIND_PROXY=1 if a proxy in front ends TLS, or use 127.0.0.1")
@@ -188,7 +188,6 @@ def _start(host: str, port: int, model, told: threading.Event):
     serve.start(proxy_location="Disabled", logging_config=dict(log_level="WARNING", enable_access_log=False))      # the front takes its place
     deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
     application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
-    application._init(_run_router_in_separate_loop=True)       # we have no event loop here
     for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).absolute())      # a certificate that is renewed is read when the front starts again
     front = KeptFront(folder, host, port, bool(_tls()), told=lambda said: Lines()("error", "front", error=said))
     return stop
