@@ -124,6 +124,10 @@ def _ticking(label):
         if live: thread.join(); print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 # %% ../nbs/50_pipeline.ipynb #03e14f57
+def _kept(result):
+    "Whether every file and folder that a phase says it made is still there."
+    return all((repo_root()/v).exists() for v in result.get("outputs", {}).values() if isinstance(v, str) and "/" in v and "://" not in v)
+
 def plan(
     run_dir,  # folder of the run
     params: dict,  # parameters for all phases; each takes those it has
@@ -137,7 +141,7 @@ def plan(
         mine = check_parameters(nb, {k: v for k, v in params.items() if k in defaults(nb)})
         known |= set(defaults(nb))
         record, result = Path(run_dir)/f"{nb.stem}.done.json", Path(run_dir)/f"{nb.stem}.json"
-        done = all(d for _, _, d in out) and result.exists() and record.exists() and read_json(record)["params"] == mine
+        done = all(d for _, _, d in out) and result.exists() and record.exists() and read_json(record)["params"] == mine and _kept(read_json(result))
         out.append((nb.stem, mine, done))
     if bad := [k for k in params if k not in known]: raise InputError(f"no phase has the parameter {bad[0]!r}; known: {', '.join(sorted(known))}")
     return out
