@@ -69,6 +69,12 @@ def test_phases_are_those_of_the_pipeline():
     assert (ROOT / "nbs" / "phases" / ".notest").exists()
 
 
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PHASES], ids=lambda p: p.stem)
+def test_notebook_names_its_kernel(path):
+    "Without it papermill cannot run it, and JupyterLab asks."
+    assert json.loads(path.read_text())["metadata"].get("kernelspec", {}).get("name") == "python3"
+
+
 def test_notebooks_are_small():
     "Stored outputs stay small, and no audio is stored."
     for p in [*NOTEBOOKS, *PHASES, *(ROOT / "reports").glob("executed/*/*")]:

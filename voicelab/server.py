@@ -12,9 +12,10 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from prometheus_client.core import CounterMetricFamily
 
 from .core import InputError, free_port, home, setting
-from .front import KeptFront
+from .front import KeptFront, front_answers
 from .keys import Keys
 from .live import add_live
 from .observe import Lines, Spans
@@ -48,6 +49,14 @@ def _purge_hourly(log: RequestLog):
 
 _WEDGED = 120   # seconds; no batch takes so long
 
+class _FrontAnswers:
+    "Among the metrics: what callers were told while the application could not be asked."
+    def __init__(self, folder): self.folder = folder
+    def collect(self):
+        counts = CounterMetricFamily("voicelab_front_answers", "Answers that the front gave by itself: what it could not read, and the application away", labels=["status"])
+        for status, n in front_answers(self.folder).items(): counts.add_metric([status], n)
+        yield counts
+
 class _Replica:
     "What Ray Serve runs and, when it dies, starts again: the web application, on a Unix socket, in a thread with an event loop of its own."
     def __init__(self, model, folder):
@@ -56,6 +65,7 @@ class _Replica:
         r.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))   # Ray 2.60 binds this one to all addresses
         self.service = make_service(model)
         self.service.lines = Lines(out=_Pipe(f"{folder}/lines", self.service.metrics.lines_lost.inc))
+        self.service.metrics.registry.register(_FrontAnswers(folder))
         app = add_live(build_app(self.service), self.service)
         config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off")
         self.web, self.runner = uvicorn.Server(config), asyncio.Runner(loop_factory=config.get_loop_factory())
@@ -186,7 +196,7 @@ def _start(host: str, port: int, model, told: threading.Event):
         end_lines()
         shutil.rmtree(folder, ignore_errors=True)
     serve.start(proxy_location="Disabled", logging_config=dict(log_level="WARNING", enable_access_log=False))      # the front takes its place
-    deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10)
+    deployment = serve.deployment(name="voicelab", num_replicas=1, ray_actor_options=dict(num_cpus=1), graceful_shutdown_timeout_s=10, health_check_period_s=1)
     application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
     for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).absolute())      # a certificate that is renewed is read when the front starts again
     front = KeptFront(folder, host, port, bool(_tls()), told=lambda said: Lines()("error", "front", error=said))
