@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from voicelab.audio import read_audio, write_wav
-from voicelab.core import InputError, package_path, setting
+from voicelab.core import InputError, package_path, read_json, setting, write_json
 from voicelab.evaluate import wer
 from voicelab.export import check_bundle, export_bundle, sherpa_texts, toy_bundle, toy_tones
 from voicelab.recognizer import Recognizer, load_recognizer
@@ -126,6 +126,25 @@ def test_base_bundle_hears_the_same_after_a_silence(late):
     assert wer([x["text"] or "-" for x in late[0]], [x["text"] for x in late[1]]) < .1
     assert abs(np.median(delays(late, lambda words: words[:1])) - .8) < .05
     assert abs(np.median(delays(late, lambda words: words[1:])) - .8) < .05
+
+
+def test_policy_of_a_model_is_applied(base, late, tmp_path):
+    "The same bundle with an audio policy: clips far too soft, off centre and between two seconds of hiss are cut and brought to one level; words come at the times that they have in the whole clip; a live utterance, cut already, is not cut again."
+    _, bundle, df = base
+    shutil.copytree(bundle, tmp_path / "bundle")
+    write_json(tmp_path / "bundle" / "config.json", read_json(bundle / "config.json") | dict(policy=dict(level=True, trim=True)))
+    r, hiss = Recognizer(tmp_path / "bundle"), .0005 * np.random.default_rng(0).standard_normal(32000)
+    assert Recognizer(bundle).policy is None and r.policy.trim
+    clips = [read_audio(p) for p in df.audio_filepath]
+    between = [(.02 * np.r_[hiss, c, hiss] + .05).astype(np.float32) for c in clips]
+    heard = late[0], r.transcribe(between)
+    assert wer([x["text"] or "-" for x in heard[0]], [x["text"] for x in heard[1]]) < .12
+    assert abs(np.median(delays(heard, lambda words: words)) - 2) < .06
+    assert all(len(a) < len(b) - 90 for a, b in zip(r.log_probs(between), Recognizer(bundle).log_probs(between)))      # about three seconds of every clip are not listened to
+    whole = r.transcribe(between[:8], each=[dict(cut=True)] * 8)
+    assert all(abs(x["duration"] - len(c) / 16000) < .01 for x, c in zip(whole, between))
+    write_json(tmp_path / "bundle" / "config.json", read_json(bundle / "config.json") | dict(policy=dict(trimm=True)))
+    with pytest.raises(InputError, match="a policy has no field"): Recognizer(tmp_path / "bundle")
 
 
 def test_base_bundle_takes_keywords(base):

@@ -72,11 +72,13 @@ def words_of(
     duration: float = None,  # length of the clip in seconds; no word ends after it
     sure: list = None,  # confidence of each word; by default that of its least certain unit
     frame: float = FRAME,  # seconds of an output frame
+    start: float = 0.,  # seconds of the clip before the first frame
 ) -> list:  # of dict(word, start, end, confidence)
     "Words with times in seconds and confidence in 0..1."
     last, words = np.inf if duration is None else duration, word_spans(spans)
     if sure is None: sure = np.exp(faintest(words))
-    return [dict(word=decode_ids(s.id for s in w), start=round(min(w[0].start*frame, last), 3), end=round(min(w[-1].end*frame, last), 3), confidence=round(float(c), 4))
+    at = lambda f: round(min(start + f*frame, last), 3)
+    return [dict(word=decode_ids(s.id for s in w), start=at(w[0].start), end=at(w[-1].end), confidence=round(float(c), 4))
             for w, c in zip(words, sure, strict=True)]
 
 # %% ../nbs/24_decode.ipynb #2c6fe167
@@ -95,10 +97,11 @@ def make_result(
     duration: float = None,  # length of the clip in seconds; by default that of the frames
     sure: list = None,  # confidence of each word, as `words_of` takes it
     frame: float = FRAME,  # seconds of an output frame
+    start: float = 0.,  # seconds of the clip before the first frame
 ) -> dict:
     "text, confidence, words, duration, entropy, blank_share, logprobs of one clip."
-    duration = len(log_probs)*frame if duration is None else duration
-    words = words_of(spans, duration, sure, frame)
+    duration = start + len(log_probs)*frame if duration is None else duration
+    words = words_of(spans, duration, sure, frame, start)
     silence = float(np.exp(log_probs[:, BLANK]).mean()) if len(log_probs) else 0.0
     confidence = float(np.mean([w["confidence"] for w in words])) if words else silence
     pieces = [TOKENS[s.id].replace(WORD_START, " " if i else "") for i, s in enumerate(spans)]
@@ -307,15 +310,16 @@ def decode(
     fusion: Fusion = None,  # a language model
     confidence: Confidence = None,  # of words that a search has found; by default the probability of the least certain unit
     frame: float = FRAME,  # seconds of an output frame
+    start: float = 0.,  # seconds of the clip before the first frame
 ) -> dict:  # as `make_result`, with `nbest` when asked for
     "Text, words with times and confidence, and figures of one clip."
     if nbest < 0 or nbest > 100: raise InputError(f"nbest is {nbest}; it must be 0 to 100")
-    if not keywords and not nbest and not fusion: return make_result(log_probs, greedy_spans(log_probs), duration, frame=frame)
+    if not keywords and not nbest and not fusion: return make_result(log_probs, greedy_spans(log_probs), duration, None, frame, start)
     if keywords and not isinstance(keywords, Keywords): keywords = Keywords(keywords)
     beam = max(12 if keywords or nbest else 0, nbest, fusion.beam if fusion else 0)
     found = prefix_beam(log_probs, beam, keywords or None, fusion)
     spans, frames, readings = witnesses(log_probs, found) if len(log_probs) else ([], [], [])
-    result = make_result(log_probs, spans, duration, confidence(frames, readings) if confidence and spans else None, frame)
+    result = make_result(log_probs, spans, duration, confidence(frames, readings) if confidence and spans else None, frame, start)
     if nbest:
         share = np.exp(np.array([s for _, s in found[:nbest]]) - found[0][1])
         result["nbest"] = [dict(text=decode_ids(ids), score=round(float(p), 4)) for (ids, _), p in zip(found, share/share.sum())]

@@ -16,6 +16,7 @@ from .text import normalize
 from .audio import read_audio
 from .decode import Fusion, decode, load_fusion
 from .features import front_end
+from .policy import as_policy, prepare
 
 # %% ../nbs/25_evaluate.ipynb #ed3c928d
 def _pair(r, h):  # a stretch without matches, as steps; an equal number of errors in any case, alike words together
@@ -234,19 +235,24 @@ class TorchRecognizer:
         clips,  # list of samples, 16 kHz float32
     ) -> list:  # of (S, V) natural logs, one array a clip
         "What the model says of a batch of clips."
+        return [lp for lp, _ in self._heard(clips)]
+
+    def _heard(self, clips):
+        "Log-probabilities of each clip, and the seconds before their first frame that the model's policy has cut."
         import torch
         from voicelab.loader import collate
-        hear = front_end(self.model.cfg.features)[0]
-        items = [(hear(c), [], i, (0, 0)) for i, c in enumerate(clips)]
+        hear, policy = front_end(self.model.cfg.features)[0], as_policy(self.model.cfg.policy)
+        ready, firsts = zip(*[prepare(c, policy) for c in clips]) if clips else ((), ())
+        items = [(hear(c), [], i, (0, 0)) for i, c in enumerate(ready)]
         out = [np.zeros((0, self.model.cfg.vocab), np.float32)] * len(items)      # of an empty clip
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)
             with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
             for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = row[:n]
-        return out
+        return [(lp, first / 16000) for lp, first in zip(out, firsts)]
 
     def transcribe(self,
         clips,  # list of samples, 16 kHz float32
     ) -> list:  # of dict(text, confidence, words, duration, …)
         "Transcripts of a batch of clips."
-        return [decode(lp, len(c) / 16000, fusion=self.fusion, frame=self.model.cfg.stride / 100) for lp, c in zip(self.log_probs(clips), clips)]
+        return [decode(lp, len(c) / 16000, fusion=self.fusion, frame=self.model.cfg.stride / 100, start=start) for (lp, start), c in zip(self._heard(clips), clips)]

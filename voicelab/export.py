@@ -19,6 +19,7 @@ from .core import InputError, sha256_file, write_json, write_text
 from .decode import Fusion, decode, load_fusion
 from .evaluate import error_table, paired_bootstrap
 from .features import FEATURES, fbank, front_end
+from .policy import as_policy, prepare
 from .text import BLANK, TOKENS, tokens_txt
 
 # %% ../nbs/28_export.ipynb #01d8b70a
@@ -126,6 +127,11 @@ def golden_answers(
     clips = [dict(audio_filepath=str(p), sha256=sha256_file(p), text=decode(run([hear(read_audio(p))])[0], fusion=fusion)["text"]) for p in (df.audio_filepath if df is not None else [])]
     return dict(signal=dict(seconds=2.0, seed=0, units=lp.argmax(1), logprobs=lp.max(1).round(4)), clips=clips)
 
+def _ears(model):
+    "What a model hears of samples, its policy before it."
+    hear, policy = front_end(model.cfg.features)[0], as_policy(model.cfg.policy)
+    return lambda x: hear(prepare(x, policy)[0])
+
 def export_bundle(
     model,  # a trained `CTCModel`
     out,  # folder to write
@@ -144,8 +150,9 @@ def export_bundle(
         fusion = load_fusion(out)
         config["decoder"]["lm"] = dict(weight=fusion.weight, bonus=fusion.bonus, beam=fusion.beam)
     if model.alone: config["decoder"]["batch"] = 1
+    if model.cfg.policy: config["policy"] = model.cfg.policy
     write_json(out/"config.json", config)
-    write_json(out/"golden.json", golden_answers(onnx_runner(out/"model.onnx"), golden, fusion, front_end(model.cfg.features)[0]))
+    write_json(out/"golden.json", golden_answers(onnx_runner(out/"model.onnx"), golden, fusion, _ears(model)))
     return out
 
 # %% ../nbs/28_export.ipynb #a6bae653
@@ -186,7 +193,7 @@ def check_bundle(
 ) -> pd.DataFrame:  # check, ok, value, detail
     "Compare a bundle with the model it came from, with itself in batches, in int8 and in another runtime."
     import torch
-    bundle, clips = Path(bundle), [read_audio(p) for p in df.audio_filepath]
+    bundle, clips = Path(bundle), [prepare(read_audio(p), as_policy(model.cfg.policy))[0] for p in df.audio_filepath]
     feats, together = [front_end(model.cfg.features)[0](c) for c in clips], 1 if model.alone else 8
     model = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad(): torch_lp = [model(torch.from_numpy(f)[None], torch.tensor([len(f)]))[0][0].numpy() for f in feats]

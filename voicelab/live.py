@@ -57,7 +57,7 @@ class Stream:
         now = time.perf_counter()
         if self.listener.speaking and now >= self.next_partial:
             heard = self.listener.so_far
-            try: result = await self.service.batcher.submit((np.concatenate([heard, _TAIL]), dict(keywords=self.keywords, quick=True)))
+            try: result = await self.service.batcher.submit((np.concatenate([heard, _TAIL]), dict(keywords=self.keywords, quick=True, cut=True)))
             except Exception as e:                                      # the final text will tell
                 self.service.lines("error", "failure", request_id=self.seen["id"], error=type(e).__name__, where=_where(e))
                 self.next_partial = now + 5
@@ -88,7 +88,7 @@ class Stream:
             _tell(self.service, seen, "WEBSOCKET", seen["route"])
 
     async def _final(self, utterance, seen) -> dict:
-        result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords))
+        result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords, cut=True))
         result["duration"], seen["model"] = len(utterance.samples) / SAMPLE_RATE, result["model"]
         await _record(self.service, seen, result, utterance.samples, dict(format="wav"), wav_bytes(utterance.samples) if seen["consent"] & {"audio", "training"} else None)
         return dict(kind="final", utterance=utterance, result=result, seen=seen)

@@ -20,6 +20,7 @@ from .core import InputError, progress, read_json
 from .features import FEATURES, front_end
 from .model import out_lengths
 from .noise import colored_noise
+from .policy import as_policy, prepare
 from .text import encode, min_frames
 
 # %% ../nbs/22_loader.ipynb #0688bf2d
@@ -113,7 +114,9 @@ class Clips(Dataset):
         stride: int = 3,  # of the model: input frames of one output frame
         plain: int = 0,  # first epochs that hear the clips as they are
         features: dict = None,  # what the model hears; by default log-mel features
+        policy: dict = None,  # of the model: what is done to a clip before it is heard
     ):
+        self.policy = as_policy(policy)
         self.stride, self.plain, self.hear = stride, plain, front_end(features or asdict(FEATURES))[0]
         self.durations = table.duration.to_numpy(float)
         self.ids = [encode(t) for t in table.text]
@@ -125,18 +128,25 @@ class Clips(Dataset):
 
     def __len__(self): return len(self.ids)
 
+    def _heard(self, x, ids, before=0, after=0):
+        "Features of a clip as the model's policy wants it, and the silent output frames that are left of so many silent samples before and after; None when it is too short for its text."
+        for trim in (True, False):                            # what was cut too short for its text is not cut
+            y, first = prepare(x, self.policy, trim)
+            feats, silent = self.hear(y), tuple(silent_frames(max(0, n), self.stride) for n in (before - first, after - (len(x) - first - len(y))))
+            if out_lengths(len(feats), self.stride) - sum(silent) >= min_frames(ids): return feats, silent
+            if self.policy is None: return None
+
     def __getitem__(self, item):
         "Features (T, 80), unit ids, index, and silent output frames before and after, of one clip in one epoch."
         epoch, i, view = (*item, 0)[:3]
-        if epoch < self.plain: return self.hear(self.store[i]), self.ids[i], i, (0, 0)
-        rng, x, ids, silent = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
+        if epoch < self.plain: return self._heard(self.store[i], self.ids[i])[0], self.ids[i], i, (0, 0)
+        rng, x, ids, added = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
         if self.splicer and (made := self.splicer(i, self.store, rng, epoch)): x, ids = made[0], encode(" ".join(made[1]))
         if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
-        elif self.augment:
-            x, *silent = self.augment.padded(x, rng, self.store)
-            silent = tuple(silent_frames(n, self.stride) for n in silent)
-        feats = self.hear(x)
-        if out_lengths(len(feats), self.stride) - sum(silent) < min_frames(ids): feats, ids, silent = self.hear(self.store[i]), self.ids[i], (0, 0)  # sped up too much for its text
+        elif self.augment: x, *added = self.augment.padded(x, rng, self.store)
+        heard = self._heard(x, ids, *added)
+        if not heard: ids, heard = self.ids[i], self._heard(self.store[i], self.ids[i])  # sped up too much for its text
+        feats, silent = heard
         if view: rng = np.random.default_rng((self.seed, epoch, i, view))
         return (spec_augment(feats, rng, strength=self.masks) if self.masks else feats), ids, i, silent
 

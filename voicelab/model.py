@@ -7,7 +7,7 @@ __all__ = ['ModelConfig', 'out_lengths', 'valid', 'cmn', 'flip_index', 'BiLSTM',
            'new_model', 'save_model', 'load_model', 'base_dir']
 
 # %% ../nbs/21_model.ipynb #9cbce3a8
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from .core import InputError, package_path, read_json, write_json
 from .features import FEATURES, WAVEFORM
+from .policy import as_policy
 from .text import TOKENS
 
 # %% ../nbs/21_model.ipynb #8288ff41
@@ -30,6 +31,7 @@ class ModelConfig:
     dropout: float = 0.2  # between layers
     vocab: int = len(TOKENS)  # V, blank included
     stride: int = 3  # input frames (10 ms) of one output frame: 2, 3 or 4
+    policy: dict = field(default_factory=dict)  # what is done to a clip before it is heard, see `12 policy`; empty: nothing
     encoder: str = ""  # name of a pretrained encoder that takes the place of convolutions and LSTMs, see below
 
     def __post_init__(self):
@@ -37,6 +39,7 @@ class ModelConfig:
             v = getattr(self, f.name)
             if f.name == "encoder":
                 if v: self.stride, self.n_mels = 2, WAVEFORM["samples"]
+            elif f.name == "policy": as_policy(v)
             elif f.name == "dropout":
                 if not 0 <= v < 1: raise InputError(f"dropout is {v!r}; it must be at least 0 and below 1")
             elif not (isinstance(v, int) and v > 0): raise InputError(f"{f.name} is {v!r}; it must be a whole number above 0")

@@ -18,6 +18,7 @@ from .core import InputError, read_json, sha256_file
 from .decode import FRAME, Confidence, Fusion, Keywords, decode, load_fusion
 from .features import FEATURES, front_end
 from .lm import load_lm
+from .policy import as_policy, prepare
 from .registry import Registry, verify_bundle
 from .text import tokens_txt
 
@@ -43,6 +44,7 @@ class Recognizer:
         self.precision, self.config = precision, read_json(self.path/"config.json")
         found = front_end(self.config.get("features"))
         if not found: raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
+        self.policy = as_policy(self.config.get("policy"))
         (self.hear, self.width), self.most = found, self.config.get("decoder", {}).get("batch")
         if not (self.path/"tokens.txt").is_file() or (self.path/"tokens.txt").read_text(encoding="utf-8") != tokens_txt(): raise InputError(f"{self.path}/tokens.txt has not the units of this version of voicelab; export the model again")
         own = self.config.get("decoder", {}).get("lm")
@@ -92,32 +94,39 @@ def _check(clips):
         if not np.isfinite(c).all(): raise InputError(f"clip {i} has samples that are not finite; samples are numbers in ±1")
 
 @patch
+def _heard(self: Recognizer, clips, batch=8, cut=None):
+    "Log-probabilities of each clip, and the seconds before their first frame that the model's policy has cut; `cut`: whose ends have been cut before."
+    _check(clips)
+    out, starts = [np.zeros((0, self.config["units"]), np.float32)]*len(clips), [0.]*len(clips)
+    loud, feats = [i for i, c in enumerate(clips) if len(c) >= _MIN_SAMPLES and np.abs(c).max() >= _MIN_PEAK], {}
+    for i in loud:
+        x, first = prepare(clips[i], self.policy, not (cut and cut[i]))
+        feats[i], starts[i] = self.hear(x), first/SAMPLE_RATE
+    for group in plan_batches([len(feats[i]) for i in loud], self.most or batch):
+        for j, lp in zip(group, self._run([feats[loud[j]] for j in group])): out[loud[j]] = lp
+    return out, starts
+
+@patch
 def log_probs(self: Recognizer,
     clips: list,  # of (n,) float32 samples at 16 kHz in ±1
     batch: int = 8,  # clips an inference at most
 ) -> list:  # of (S, V) float32; S = 0 for a clip that is too short or silent
-    "Log-probabilities of the units, a row for each of the model's frames."
-    _check(clips)
-    out = [np.zeros((0, self.config["units"]), np.float32)]*len(clips)
-    loud = [i for i, c in enumerate(clips) if len(c) >= _MIN_SAMPLES and np.abs(c).max() >= _MIN_PEAK]
-    feats = {i: self.hear(clips[i]) for i in loud}
-    for group in plan_batches([len(feats[i]) for i in loud], self.most or batch):
-        for j, lp in zip(group, self._run([feats[loud[j]] for j in group])): out[loud[j]] = lp
-    return out
+    "Log-probabilities of the units, a row for each of the model's frames (of the clip as the model's policy leaves it)."
+    return self._heard(clips, batch)[0]
 
 @patch
 def transcribe(self: Recognizer,
     clips: list,  # of (n,) float32 samples at 16 kHz in ±1
     keywords: list = None,  # texts to listen for in all clips
     nbest: int = 0,  # readings to list under `nbest`; 0: none
-    each: list = None,  # instead, dict(keywords=…, nbest=…, quick=…) for each clip; quick: a narrow search, for partial results
+    each: list = None,  # instead, dict(keywords=…, nbest=…, quick=…, cut=…) for each clip; quick: a narrow search, for partial results; cut: there is no silence around the speech
     batch: int = 8,  # clips an inference at most
 ) -> list:  # of dict(text, confidence, words, duration, entropy, blank_share, logprobs, nbest?)
     "Texts with word times and confidence, in the order of the clips."
     if each is None: each = [dict(keywords=Keywords(keywords) if keywords else None, nbest=nbest)]*len(clips)
     if len(each) != len(clips): raise InputError(f"each has {len(each)} entries for {len(clips)} clips; it must have one a clip")
-    def one(lp, c, quick=False, **how): return decode(lp, len(c)/SAMPLE_RATE, fusion=replace(self.fusion, beam=_QUICK_BEAM) if quick and self.fusion else self.fusion, confidence=self.confidence, frame=self.frame, **how)
-    return [one(lp, c, **e) for lp, c, e in zip(self.log_probs(clips, batch), clips, each)]
+    def one(lp, c, start, quick=False, cut=False, **how): return decode(lp, len(c)/SAMPLE_RATE, fusion=replace(self.fusion, beam=_QUICK_BEAM) if quick and self.fusion else self.fusion, confidence=self.confidence, frame=self.frame, start=start, **how)
+    return [one(lp, c, start, **e) for lp, start, c, e in zip(*self._heard(clips, batch, [e.get("cut") for e in each]), clips, each)]
 
 # %% ../nbs/31_recognizer.ipynb #3dcea1cc
 def load_recognizer(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import prometheus_client as prom
+from prometheus_client.core import CounterMetricFamily
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -364,10 +365,20 @@ class Models:
         threading.Thread(target=loop, daemon=True, name="models").start()
 
 # %% ../nbs/35_serve.ipynb #c0a71048
+class _FrontAnswers:
+    "What callers were told by the front, while the application could not be asked."
+    counts = dict                                            # gives class of status -> number
+    def collect(self):
+        family = CounterMetricFamily("voicelab_front_answers", "Answers that the front gave by itself: what it could not read, and the application away", labels=["status"])
+        for status, n in self.counts().items(): family.add_metric([status], n)
+        yield family
+
 class Metrics:
     "The server's Prometheus metrics, in a registry of their own."
     def __init__(self):
-        self.registry = r = prom.CollectorRegistry()
+        self.registry, self.front = prom.CollectorRegistry(), _FrontAnswers()
+        self.registry.register(self.front)
+        r = self.registry
         fine = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
         self.requests = prom.Counter("voicelab_requests", "Requests by endpoint and status", ["endpoint", "status"], registry=r)
         self.latency = prom.Histogram("voicelab_request_seconds", "Time from the first byte to the answer", ["endpoint"], buckets=fine, registry=r)
@@ -506,7 +517,7 @@ async def _open(service, data: bytes) -> tuple:
 async def _utterances(service, reader: AudioReader, piece, options: dict):
     "Yield (start in s, result) of each utterance of a long clip, in order. Raises `ApiError`."
     listener, work = Listener(), deque()
-    def add(u): work.append((u.start, asyncio.create_task(_recognised(service, u.samples, options, later=True))))
+    def add(u): work.append((u.start, asyncio.create_task(_recognised(service, u.samples, options | dict(cut=True), later=True))))
     try:
         while True:
             for kind, what in await service.thread("listen", listener.feed, piece):

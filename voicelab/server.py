@@ -12,7 +12,6 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from prometheus_client.core import CounterMetricFamily
 
 from .core import InputError, free_port, home, setting
 from .front import KeptFront, front_answers
@@ -49,14 +48,6 @@ def _purge_hourly(log: RequestLog):
 
 _WEDGED = 120   # seconds; no batch takes so long
 
-class _FrontAnswers:
-    "Among the metrics: what callers were told while the application could not be asked."
-    def __init__(self, folder): self.folder = folder
-    def collect(self):
-        counts = CounterMetricFamily("voicelab_front_answers", "Answers that the front gave by itself: what it could not read, and the application away", labels=["status"])
-        for status, n in front_answers(self.folder).items(): counts.add_metric([status], n)
-        yield counts
-
 class _Replica:
     "What Ray Serve runs and, when it dies, starts again: the web application, on a Unix socket, in a thread with an event loop of its own."
     def __init__(self, model, folder):
@@ -65,7 +56,7 @@ class _Replica:
         r.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))   # Ray 2.60 binds this one to all addresses
         self.service = make_service(model)
         self.service.lines = Lines(out=_Pipe(f"{folder}/lines", self.service.metrics.lines_lost.inc))
-        self.service.metrics.registry.register(_FrontAnswers(folder))
+        self.service.metrics.front.counts = lambda: front_answers(folder)
         app = add_live(build_app(self.service), self.service)
         config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off")
         self.web, self.runner = uvicorn.Server(config), asyncio.Runner(loop_factory=config.get_loop_factory())

@@ -49,6 +49,7 @@ class TrainConfig:
     dropout: float = 0.2
     encoder: str = ""  # of a new model: a pretrained one of torchaudio's, for example WAV2VEC2_BASE; then lr should be about 1e-4
     stride: int = 3  # input frames of an output frame of a new model: 2, 3 or 4
+    policy: dict = field(default_factory=dict)  # what is done to a clip before it is heard (`12 policy`); empty: what the model to fine-tune has, or nothing
     plain: int = 0  # first epochs without dropout and augmentation
     phones: float = 0.0  # weight of the phones of the text, heard from the layer before the last; 0: characters alone
     splice: float = 0.0  # share of clips that get the ending of another clip of their speaker
@@ -72,7 +73,7 @@ class TrainConfig:
         if self.precision not in ("auto", "32-true", "bf16-mixed"): raise InputError(f"precision is {self.precision!r}; allowed are auto, 32-true and bf16-mixed")
 
     @property
-    def model(self): return ModelConfig(dim=self.dim, layers=self.layers, dropout=self.dropout, stride=self.stride, encoder=self.encoder)  # shape of a new one
+    def model(self): return ModelConfig(dim=self.dim, layers=self.layers, dropout=self.dropout, stride=self.stride, encoder=self.encoder, policy=self.policy)  # shape of a new one
 
 QUICK = dict(epochs=4, lr=3e-4, masks=0.5, dropout=0.0, average=2, check_every=4, warmup=0.2)  # fine-tune the base model
 
@@ -318,6 +319,7 @@ def _start(init, cfg):
     folder = base_dir() if init == "base" else Path(init)
     model = load_model(folder)
     model.drop.p = cfg.dropout
+    model.cfg.policy = cfg.policy or model.cfg.policy
     model.train()                      # Lightning leaves the mode as it is, and a loaded model is for listening
     return model, "base" if init == "base" else str(folder), "base" if init == "base" else read_json(folder/"config.json").get("language")
 
@@ -354,7 +356,7 @@ def train(
     model, parent, language = _start(init, cfg)
     if cfg.phones and (model.cfg.encoder or model.cfg.layers < 2): raise InputError(f"phones is {cfg.phones} with {f'encoder {model.cfg.encoder}' if model.cfg.encoder else f'{model.cfg.layers} layers'}; it needs our own model, of two layers or more")
     if cfg.epochs * tr.duration.sum() > _LONG and not (out/"checkpoints"/"last.ckpt").exists(): print("learnt six clips by heart in {steps} steps".format(**by_heart(model, cfg, tr)), flush=True)
-    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
+    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features, model.cfg.policy), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
     if cfg.splice: data.dataset.splicer = Splicer([t.split() for t in tr.text], out/"cuts.json", tr.speaker.fillna(""), cfg.splice, cfg.splice_from)
     seconds, keeper = _fit(model, cfg, out, data, tr, dev, log, watch)
     model.load_state_dict(keeper.averaged())
@@ -377,7 +379,7 @@ def _fit(model, cfg, out, data, tr, dev, log, watch=None):
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=10, default_root_dir=str(out))
     last = out/"checkpoints"/"last.ckpt"
     if last.exists(): data.batch_sampler.set_epoch(torch.load(last, map_location="cpu", weights_only=False)["epoch"] + 1)  # Lightning asks for batches before it says which epoch
-    looks = loader(Clips(dev, stride=model.cfg.stride, features=model.cfg.features), 120, shuffle=False) if len(dev) else None
+    looks = loader(Clips(dev, stride=model.cfg.stride, features=model.cfg.features, policy=model.cfg.policy), 120, shuffle=False) if len(dev) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: trainer.fit(Recipe(model, cfg, pronunciations(tr.text) if cfg.phones else None), data, looks, ckpt_path=str(last) if last.exists() else None, weights_only=False)
