@@ -11,7 +11,7 @@ export OPENBLAS_NUM_THREADS = 1
 # glibc gives the pages of a training step back and asks for them again, unless told to keep them
 LEARNING = MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 
-.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy base audit clean lock
+.PHONY: setup run cycle serve lab test bench bench-cycle bench-quality bench-live bench-keywords bench-an4 bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy bench-curve bench-noise bench-slices bench-import bench-verify base audit clean lock
 
 setup: .venv/.ready ## .venv from requirements.lock, and the Jupyter kernel
 
@@ -42,7 +42,7 @@ test: setup ## everything that CI runs: repository rules, notebooks, rooms, and 
 base: setup ## make the base model again (an hour or two): voicelab/base
 	$(LEARNING) $(BIN)/voicelab phase 0_base
 
-bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy ## all benchmarks but bench-an4
+bench: bench-cycle bench-quality bench-live bench-keywords bench-speed bench-words bench-train bench-labels bench-serve bench-search bench-policy bench-curve bench-slices bench-import bench-verify ## all benchmarks but bench-an4
 
 bench-cycle: setup ## time and quality of the two cycles, into reports/benchmarks/cycle.json
 	$(BIN)/python tests/bench_cycle.py
@@ -79,6 +79,21 @@ bench-search: setup ## is the right page among the first five results of a spoke
 
 bench-policy: setup ## what evening out and trimming do to transcripts, and what they cost, into reports/benchmarks/policy.json
 	$(BIN)/python tests/bench_policy.py
+
+bench-curve: setup ## what more data of AN4's kind would bring, and whether half of it foretells the whole, into reports/benchmarks/curve.json
+	$(LEARNING) $(BIN)/python tests/bench_curve.py
+
+bench-slices: setup ## how often the search for bad slices finds some where there are none, and one that was planted, into reports/benchmarks/slices.json
+	$(BIN)/python tests/bench_slices.py
+
+bench-import: setup ## ten thousand clips are imported, into reports/benchmarks/import.json
+	$(BIN)/python tests/bench_import.py
+
+bench-verify: setup ## damaged copies of AN4's clips: how many are caught, and how many true clips are accused, into reports/benchmarks/verify.json
+	$(BIN)/python tests/bench_verify.py
+
+bench-noise: setup ## the noise story, told on AN4's test speakers: after `make cycle CORPUS=an4`, into reports/benchmarks/noise.json
+	$(LEARNING) $(BIN)/voicelab phase 8_noise -p gold=true
 
 audit: setup ## known weaknesses of what the server needs; fails where a package's record cannot be read
 	$(BIN)/uv run -q --no-project --python $(BIN)/python --with pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r requirements-serve.lock
