@@ -8,7 +8,8 @@ __all__ = ['SETTINGS', 'InputError', 'setting', 'repo_root', 'home', 'package_pa
            'utc_now', 'progress', 'free_port']
 
 # %% ../nbs/00_core.ipynb #87966c70
-import hashlib, json, math, os, socket, subprocess, sys, tempfile
+import hashlib, json, math, os, secrets, socket, subprocess, sys, tempfile
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -203,7 +204,9 @@ def progress(
     return tqdm(items, desc=desc, total=total, disable=not sys.stderr.isatty(), leave=False)
 
 def free_port() -> int:
-    "A TCP port on loopback that was free a moment ago."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    "A TCP port on loopback that was free a moment ago, below those that the kernel hands to outgoing connections: one of these is gone again before a server that takes seconds to start can have it."
+    for _ in range(200):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port := secrets.randbelow(12000) + 20000))
+            return port
+    raise InputError("no TCP port from 20000 to 32000 is free on 127.0.0.1")
