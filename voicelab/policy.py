@@ -67,12 +67,18 @@ def faults(
     if len(x) == 0: raise AudioError("empty", "0 samples; a recording is wanted")
     return dict(dc=float(x.mean()), clipped_share=_clipped_share(x), silent=bool(loudness(x - x.mean()) <= LUFS_SILENT))
 
+def _one(samples) -> np.ndarray:
+    "One channel of finite samples, float32."
+    x = np.asarray(samples, np.float32)
+    if x.ndim != 1 or not np.isfinite(x).all(): raise AudioError("bad_samples", f"samples of shape {x.shape}{'' if np.isfinite(x).all() else ', some of them not finite'}; one channel (n,) of finite numbers is wanted")
+    return x
+
 def remove_dc(
     samples: np.ndarray,  # (n,)
 ) -> np.ndarray:          # (n,) float32 of mean 0
     "Take off a constant offset."
-    x = np.asarray(samples, np.float32)
-    return x - x.mean(dtype=np.float64).astype(np.float32)
+    x = _one(samples)
+    return x - x.mean(dtype=np.float64).astype(np.float32) if len(x) else x
 
 # %% ../nbs/12_policy.ipynb #360a0255
 def _db(gain_db): return 10 ** (np.asarray(gain_db) / 20)
@@ -86,8 +92,8 @@ def normalise(
     policy: Policy = Policy(),
 ) -> np.ndarray:                 # (n,) float32
     "Bring a clip to the target loudness; silence stays as it is."
-    x = np.asarray(samples, np.float32)
-    if (now := loudness(x)) <= LUFS_SILENT: return x
+    x = _one(samples)
+    if not len(x) or (now := loudness(x)) <= LUFS_SILENT: return x
     gain = min(np.clip(policy.target_lufs - now, -policy.most_db, policy.most_db), _room(x, policy.peak_db))
     return (x * _db(gain)).astype(np.float32)
 
@@ -121,8 +127,8 @@ def even_out(
     policy: Policy = Policy(),
 ) -> np.ndarray:                 # (n,) float32
     "Bring every part of a clip to the target loudness, slowly; the answer of `normalise` where there is no drift."
-    x = np.asarray(samples, np.float32)
-    if (now := loudness(x)) <= LUFS_SILENT: return x
+    x = _one(samples)
+    if not len(x) or (now := loudness(x)) <= LUFS_SILENT: return x
     gain = np.clip(now - local_loudness(x, policy.drift_s), -policy.drift_db, policy.drift_db)
     middle = np.arange(len(gain)) * SAMPLE_RATE // 10 + min(len(x), int(.4 * SAMPLE_RATE)) // 2
     return normalise((x * _db(np.interp(np.arange(len(x)), middle, gain))).astype(np.float32), policy)
@@ -134,7 +140,7 @@ def speech_probability(
     samples: np.ndarray,  # (n,) float32 at 16 kHz
 ) -> np.ndarray:          # (W,) one for each 32 ms, the last one padded
     "How likely somebody speaks, by Silero's detector."
-    x, detector = np.asarray(samples, np.float32), SileroVAD(SAMPLE_RATE)
+    x, detector = _one(samples), SileroVAD(SAMPLE_RATE)
     x = np.pad(x, (0, -len(x) % _WINDOW))
     return np.array([detector.process(np.ascontiguousarray(w)) for w in x.reshape(-1, _WINDOW)])
 
