@@ -281,7 +281,7 @@ _LEVERS = dict(
     age="collect or synthesise voices of this group", accent="collect or synthesise this accent", device="augment with this device's codec and response", region="collect clips from this region",
     kind="more and more varied sentences of this kind; check its word list", duration="train on clips of this length: join short ones or cut long ones", words="train on sentences of this length", source="check how this source was recorded and labelled")
 
-_NOISY = dict(noise=.7, noises=["street", "car", "coloured"], snr_db=[0., 25.])
+_NOISY = dict(noise=.85, noises=["street", "babble", "car", "coloured"], snr_db=[-5., 15.])
 
 def remedy(
     what: str,   # of `priorities`: "tag = value"
