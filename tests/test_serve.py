@@ -345,21 +345,38 @@ def test_failed_requests_are_measured_with_consent(url, toy_home, monkeypatch):
     assert row.status == 400 and pd.isna(row.text) and pd.isna(row.audio_path)
 
 
+def test_a_request_id_used_twice(url, toy_home, monkeypatch):
+    "Two people's apps choose the same request id: the first one's recording and words stay as they were, the second is answered and told that nothing was kept."
+    other, named, sound = "dead fed bead cafe", {"x-request-id": "the-app-s-own-id", "x-voicelab-consent": "transcript,audio"}, toy_tones("dead fed bead cafe")
+    clip = wav_bytes(sound + 1e-3 * np.random.default_rng(8).standard_normal(len(sound)).astype(np.float32))     # a sound that is nowhere else
+    first, second = say(url, headers=named), say(url, clip=clip, headers=named)
+    assert [(r.json()["text"], r.headers["x-voicelab-logged"]) for r in (first, second)] == [(SAID, "audio"), (other, "none")]
+    assert "x-voicelab-receipt" not in second.headers
+    log = log_of(toy_home, monkeypatch)
+    row = log.rows().set_index("request_id").loc["the-app-s-own-id"]
+    assert (row.text, Path(row.audio_path).read_bytes()) == (SAID, CLIP) and holds(toy_home / "log", clip[20_000:20_400]) == []
+    assert httpx.delete(f"{url}/v1/subjects/{first.headers['x-voicelab-receipt']}", timeout=60).json()["rows"] == 1 and not Path(row.audio_path).exists()
+    assert say(url, headers=named).headers["x-voicelab-logged"] == "none"          # what was erased does not come back under its name
+
+
 def test_locked_log_does_not_fail_requests(url, toy_home, monkeypatch):
     "With the log's database locked the answers still come, say that nothing was kept, and each loss is counted; who did not want to be logged does not wait."
     lost = lambda: float(re.search(r"^voicelab_log_failures_total (\S+)", httpx.get(f"{url}/metrics", timeout=60).text, re.M)[1])
     before = lost()
+    recordings = lambda: sorted((toy_home / "log" / "audio").rglob("*.*"))
+    before_audio = recordings()
     db = sqlite3.connect(toy_home / "log" / "requests.sqlite", isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
     try:
         with ThreadPoolExecutor(5) as pool:
-            wanted = [pool.submit(say, url, headers={"x-voicelab-consent": "transcript"}) for _ in range(3)]
+            wanted = [pool.submit(say, url, headers={"x-voicelab-consent": "transcript,audio"}) for _ in range(3)]
             others = [say(url) for _ in range(10)]
             assert not any(w.done() for w in wanted), "it waits for nobody's lock"
             wanted = [w.result() for w in wanted]
     finally: db.execute("ROLLBACK"); db.close()
     assert {(r.status_code, r.json()["text"], r.headers["x-voicelab-logged"]) for r in [*wanted, *others]} == {(200, SAID, "none")}
     assert lost() == before + 3
+    assert recordings() == before_audio, "a recording stays of which the caller was told that nothing was kept"
     assert say(url, headers={"x-voicelab-consent": "transcript"}).headers["x-voicelab-logged"] == "transcript"
 
 

@@ -156,21 +156,30 @@ def verify_audit(self: RequestLog) -> dict:
 
 # %% ../nbs/34_requestlog.ipynb #4a6c8f66
 def _write_audio(path: Path, data: bytes):
-    "A file that is on the disk, under its name, when this returns."
+    "A new file that is on the disk, under its name, when this returns."
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = _private(path.with_suffix(".part"))
-    with open(part, "wb") as f:
+    _private(path)
+    with open(path, "wb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 
 @patch
+def _insert(self: RequestLog, row: dict):
+    "Write a row, under an id that is new."
+    rid = row["request_id"]
+    with self._write() as c:
+        if any(c.execute(sa.select(t.c.request_id).where(t.c.request_id == rid)).first() for t in (self.requests, self.tombstones)):
+            raise InputError(f"request_id {rid!r} was used before; each request needs one of its own")
+        c.execute(self.requests.insert().values(row))
+        self._audit(c, "append", request_id=rid, consent=row["consent"])
+
+@patch
 def append(self: RequestLog,
-    request: dict,  # values for `COLUMNS`, `request_id` among them
+    request: dict,  # values for `COLUMNS`, `request_id` among them, which no other has or had
     consent=(),  # scopes, as text or collection
     subject: str = None,  # whose request it is; None with audio or training: `receipt(request_id)`
     audio: bytes = None,  # the clip as it was sent
@@ -186,12 +195,14 @@ def append(self: RequestLog,
     row = dict(time=utc_now(), policy_version=setting("POLICY_VERSION")) | {k: v for k, v in request.items() if COLUMNS[k][1] in scopes}
     row |= dict(subject=self.pseudonym(subject) if subject else None, consent=",".join(s for s in SCOPES if s in scopes))
     if "audio" in scopes and audio:
-        name = f"{row['time'][:10]}/{rid}.{re.sub('[^a-z0-9]', '', audio_format.lower()) or 'bin'}"
-        _write_audio(self.audio_dir/name, audio)
+        name = f"{row['time'][:10]}/{rid}-{secrets.token_hex(8)}.{re.sub('[^a-z0-9]', '', audio_format.lower()) or 'bin'}"
         row |= dict(audio_path=name, audio_sha256=sha256_bytes(audio))
-    with self._write() as c:
-        c.execute(self.requests.insert().values(row))
-        self._audit(c, "append", request_id=rid, consent=row["consent"])
+    try:
+        if row.get("audio_path"): _write_audio(self.audio_dir/name, audio)
+        self._insert(row)
+    except BaseException:
+        if row.get("audio_path"): (self.audio_dir/name).unlink(missing_ok=True)
+        raise
     return "audio" if row.get("audio_path") else "transcript" if row.get("text") is not None else "metrics"
 
 # %% ../nbs/34_requestlog.ipynb #972ff784
@@ -251,10 +262,16 @@ def erase(self: RequestLog,
         files = [self.audio_dir/r.audio_path for r in gone if r.audio_path]
         for f in files: f.unlink(missing_ok=True)
         c.execute(self.requests.delete().where(t.subject == who))
-        if gone: c.execute(self.tombstones.insert(), [dict(request_id=r.request_id, subject=who, time=utc_now()) for r in gone])
+        self._mark(c, [dict(request_id=r.request_id, subject=who, time=utc_now()) for r in gone])
         self._audit(c, "erase", rows=len(gone), audio=len(files))
     self._forget_pages()
     return dict(rows=len(gone), audio=len(files), request_ids=[r.request_id for r in gone])
+
+@patch
+def _mark(self: RequestLog, c, stones: list):
+    "Set tombstones, but for those that stand: a log from before ids had to be new may hold a request under an id that was erased."
+    stand = self.erased(s["request_id"] for s in stones)
+    if fresh := [s for s in stones if s["request_id"] not in stand]: c.execute(self.tombstones.insert(), fresh)
 
 @patch
 def _forget_pages(self: RequestLog):
@@ -293,7 +310,7 @@ def reapply(self: RequestLog,
             c.execute(self.requests.delete().where(hit))
         for f in files: f.unlink(missing_ok=True)
         stones = [{k: e[k] for k in ("request_id", "subject", "time")} for e in ({e["request_id"]: e for e in fresh} | gone).values()]
-        if stones: c.execute(self.tombstones.insert(), stones)
+        self._mark(c, stones)
         self._audit(c, "reapply", rows=len(gone), audio=len(files))
     self._forget_pages()
     return dict(rows=len(gone), audio=len(files), request_ids=sorted(s["request_id"] for s in stones), subjects=sorted({s["subject"] for s in stones}))
