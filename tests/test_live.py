@@ -202,13 +202,13 @@ def test_bad_frames_do_not_end_the_server(url):
     rng = np.random.default_rng(0)
     bad = ["", "null", "[]", "{", '{"type": 1}', '{"type": "session.update", "session": []}', '{"type": "session.update", "session": {"audio": {"input": {"format": {"rate": 1e99}}}}}',
            '{"type": "session.update", "session": {"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": "x"}}}}}', '{"type": "input_audio_buffer.append"}',
-           '{"type": "input_audio_buffer.append", "audio": 7}', '{"type": "session.update", "session": {"voicelab": {"consent": ["audio"]}}}', "[" * 5000, bytes(rng.integers(0, 256, 999, np.uint8).tolist())]
+           '{"type": "input_audio_buffer.append", "audio": 7}', '{"type": "session.update", "session": {"voicelab": {"consent": ["audio"]}}}', '{"type": "session.update", "session": {"include": 7}}', '{"type": "session.update", "session": {"audio": {"input": {"transcription": {"language": 7}}}}}', "[" * 5000, bytes(rng.integers(0, 256, 999, np.uint8).tolist())]
     with connect(url.replace("http", "ws") + "/v1/realtime") as ws:
         assert json.loads(ws.recv())["type"] == "session.created"
         for b in bad:
             ws.send(b)
             assert json.loads(ws.recv())["type"] == "error", b
-    for b in bad[:6] + ['{"config": {"sample_rate": "x"}}', '{"config": {"phrase_list": [7]}}', '{"config": {"max_alternatives": true}}', b"odd"]:
+    for b in bad[:6] + ['{"config": {"sample_rate": "x"}}', '{"config": {"phrase_list": [7]}}', '{"config": {"max_alternatives": true}}', '{"config": {"model": 7}}', '{"config": {"words": "yes"}}', b"odd"]:
         with connect(url.replace("http", "ws") + "/vosk") as ws:
             ws.send(b)
             assert "error" in json.loads(ws.recv()), b

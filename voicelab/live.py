@@ -165,22 +165,35 @@ def _known(given, where: str, *names) -> dict:
     if extra := sorted(set(given) - set(names)): raise ApiError(400, f"unknown field {extra[0][:40]!r} in {where}; known: {', '.join(names)}", f"{where}.{extra[0][:40]}", "unknown_field")
     return given
 
+def _typed(given: dict, where: str, *names, kind=str):
+    "Refuse an object in which one of these fields is neither null nor of the right type."
+    for name in names:
+        v = given.get(name)
+        if v is not None and (not isinstance(v, kind) or isinstance(v, bool) and kind is not bool):
+            raise ApiError(400, f"{where}.{name} is {str(v)[:40]!r}; it must be a {dict(str='text', list='list', dict='object').get(kind.__name__, 'true or false')}", f"{where}.{name}", "wrong_type")
+
+def _part(given: dict, where: str, name: str, *names) -> dict:
+    "An object inside of another, with no other fields than the known ones; {} when there is none."
+    return _known({} if given.get(name) is None else given[name], f"{where}.{name}", *names)
+
 def _wanted(words, where: str):
     "`Keywords` from a list, or None."
-    if not words: return None
+    if words is None or words == []: return None
     if not isinstance(words, list) or len(words) > 1000: raise ApiError(400, f"{where} must be a list of at most 1000 words", where, "invalid_value")
+    if long := [w for w in words if isinstance(w, str) and len(w) > 100]: raise ApiError(400, f"{where} has {long[0][:40]!r}… of {len(long[0])} characters; at most 100 are allowed", where, "too_long")
     try: return Keywords(words)
     except InputError as e: raise ApiError(400, str(e), where, "invalid_value") from None
 
 def _person(seen: dict, given) -> dict:
     "The fields of `voicelab` (consent, subject, region, device, policy), as the HTTP headers carry them."
     given = _known(given, "voicelab", "consent", "subject", "region", "device", "policy")
-    for name, v in given.items():
-        if not isinstance(v, (str, type(None))): raise ApiError(400, f"voicelab.{name} is {str(v)[:40]!r}; it must be a text", f"voicelab.{name}", "wrong_type")
+    _typed(given, "voicelab", *given)
     short = {n: (v or "").strip()[:256 if n == "subject" else 64] or None for n, v in given.items() if n != "consent"}
     return seen | short | (dict(consent=consent_scopes(given["consent"])) if "consent" in given else {})
 
 # %% ../nbs/36_live.ipynb #671c2cfb
+_LOGPROBS = "item.input_audio_transcription.logprobs"
+
 class _Realtime:
     "One connection to `/v1/realtime`."
     def __init__(self, ws, service, seen):
@@ -195,7 +208,7 @@ class _Realtime:
 
     def session(self):
         turn = self.rules and dict(type="server_vad", threshold=self.rules.threshold, prefix_padding_ms=self.rules.prefix_ms, silence_duration_ms=self.rules.silence_ms)
-        return dict(type="transcription", id=self.id, object="realtime.transcription_session", include=["item.input_audio_transcription.logprobs"] if self.logprobs else None,
+        return dict(type="transcription", id=self.id, object="realtime.transcription_session", include=[_LOGPROBS] if self.logprobs else None,
                     audio=dict(input=dict(format=dict(type="audio/pcm", rate=self.rate), turn_detection=turn,
                                           transcription=dict(model=self.service.models.label, language="en", keywords=self.words))))
 
@@ -206,7 +219,7 @@ class _Realtime:
             try:
                 event = _object(text, "the event")
                 await self.handle(event)
-            except (ApiError, InputError) as e:
+            except (ApiError, InputError, RecursionError) as e:        # the last: a wrong value nested so deeply that it cannot be shown
                 name = event.get("event_id")
                 await self.send("error", error=error_fields(e) | dict(event_id=name if isinstance(name, str) else None))
         if self.service.draining:
@@ -220,33 +233,47 @@ class _Realtime:
 
     async def update(self, event):
         s = _known(event.get("session"), "session", "type", "audio", "include", "voicelab", "id", "object")
+        _typed(s, "session", "type", "id", "object")
         if s.get("type", "transcription") != "transcription": raise ApiError(400, f"session.type is {str(s['type'])[:40]!r}; only transcription is offered", "session.type", "invalid_value")
-        given = _known(_known(s.get("audio") or {}, "session.audio", "input").get("input") or {}, "session.audio.input", "format", "transcription", "turn_detection", "noise_reduction")
-        rate, rules, words = self._format(given), self._turns(given), self.words
-        if given.get("transcription"):
-            t = _known(given["transcription"], "session.audio.input.transcription", "model", "language", "prompt", "keywords")
-            if (t.get("language") or "en").split("-")[0] != "en": raise ApiError(400, f"language is {str(t['language'])[:20]!r}; this model knows en", "session.audio.input.transcription.language", "unsupported_language")
-            words = t.get("keywords", words)
-        keywords, seen = _wanted(words, "keywords"), _person(self.seen, s["voicelab"]) if s.get("voicelab") else self.seen
-        self.logprobs = "item.input_audio_transcription.logprobs" in (s.get("include") or []) if "include" in s else self.logprobs
+        given = _part(_part(s, "session", "audio", "input"), "session.audio", "input", "format", "transcription", "turn_detection", "noise_reduction")
+        _typed(given, "session.audio.input", "noise_reduction", kind=dict)
+        rate, rules, words, logprobs = self._format(given), self._turns(given), self._transcription(given), self._include(s)
+        keywords, seen = _wanted(words, "keywords"), self.seen if s.get("voicelab") is None else _person(self.seen, s["voicelab"])
         if (rate, rules) != (self.rate, self.rules) or self.seen is not seen or words != self.words:
             if self.stream.listener.speaking or not self.rules and self.stream.listener.waiting: raise ApiError(400, "the session changes in the middle of an utterance; commit or clear the buffer first", "session", "busy")
             self.rate, self.rules, self.words, self.seen = rate, rules, words, seen
             self.stream = self._stream(keywords)
+        self.logprobs = logprobs
         await self.send("session.updated", session=self.session())
 
+    def _transcription(self, given) -> list:
+        "The words to listen for."
+        where = "session.audio.input.transcription"
+        t = _part(given, "session.audio.input", "transcription", "model", "language", "prompt", "keywords")
+        _typed(t, where, "model", "language", "prompt")
+        if (t.get("language") or "en").split("-")[0] != "en": raise ApiError(400, f"language is {t['language'][:20]!r}; this model knows en", f"{where}.language", "unsupported_language")
+        return t.get("keywords", self.words)
+
+    def _include(self, s) -> bool:
+        "Are log probabilities wanted?"
+        if "include" not in s: return self.logprobs
+        _typed(s, "session", "include", kind=list)
+        if other := [i for i in s["include"] or [] if i != _LOGPROBS]: raise ApiError(400, f"session.include has {str(other[0])[:40]!r}; allowed: {_LOGPROBS}", "session.include", "invalid_value")
+        return bool(s["include"])
+
     def _format(self, given):
-        f = _known(given.get("format") or {}, "session.audio.input.format", "type", "rate")
+        f = _part(given, "session.audio.input", "format", "type", "rate")
         if f.get("type", "audio/pcm") != "audio/pcm": raise ApiError(400, f"format {str(f['type'])[:40]!r}; only audio/pcm is taken", "session.audio.input.format.type", "invalid_value")
         rate = f.get("rate", self.rate)
         if rate not in RATES: raise ApiError(400, f"rate is {str(rate)[:20]}; allowed: {', '.join(map(str, RATES))}", "session.audio.input.format.rate", "invalid_value")
-        return rate
+        return int(rate)
 
     def _turns(self, given):
         if "turn_detection" not in given: return self.rules
         if given["turn_detection"] is None: return None
         where = "session.audio.input.turn_detection"
         t = _known(given["turn_detection"], where, "type", "threshold", "prefix_padding_ms", "silence_duration_ms", "create_response", "interrupt_response")
+        _typed(t, where, "create_response", "interrupt_response", kind=bool)
         if t.get("type") != "server_vad": raise ApiError(400, f"{where}.type is {str(t.get('type'))[:40]!r}; only server_vad is offered, or null", f"{where}.type", "invalid_value")
         names = dict(threshold="threshold", prefix_padding_ms="prefix_ms", silence_duration_ms="silence_ms")
         try: return replace(self.rules or EndPointing(), **{ours: t[theirs] for theirs, ours in names.items() if t.get(theirs) is not None})
@@ -314,7 +341,7 @@ class _Vosk:
             try:
                 if isinstance(message, bytes): await self.audio(message)
                 elif not await self.control(_object(message, "the message")): return await self.ws.close()
-            except (ApiError, InputError) as e:
+            except (ApiError, InputError, RecursionError) as e:
                 await self.ws.send_text(json.dumps(dict(error=error_fields(e))))
                 return await self.ws.close(1011 if getattr(e, "status", 400) >= 500 else 1008)
         if self.service.draining:
@@ -346,10 +373,12 @@ class _Vosk:
         if rate not in RATES: raise ApiError(400, f"sample_rate is {str(rate)[:20]}; allowed: {', '.join(map(str, RATES))}", "sample_rate", "invalid_value")
         most = c.get("max_alternatives", 0)
         if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= 20: raise ApiError(400, f"max_alternatives is {str(most)[:20]}; it must be 0 to 20", "max_alternatives", "invalid_value")
-        phrases = c.get("phrase_list") or []
+        _typed(c, "config", "model")
+        if c.get("words", True) not in (True, False): raise ApiError(400, f"words is {str(c['words'])[:20]!r}; it must be true or false", "words", "wrong_type")
+        phrases = c.get("phrase_list")
         self.keywords = _wanted([p for p in phrases if p != "[unk]"] if isinstance(phrases, list) else phrases, "phrase_list")
         self.rate, self.show_words, self.alternatives = int(rate), bool(c.get("words", True)), most
-        if c.get("voicelab"): self.seen = _person(self.seen, c["voicelab"])
+        if c.get("voicelab") is not None: self.seen = _person(self.seen, c["voicelab"])
         self.stream = None
 
     async def audio(self, data):
