@@ -13,6 +13,7 @@ from conftest import processes, state_with
 
 from voicelab.audio import wav_bytes
 from voicelab.export import toy_tones
+from voicelab.registry import Registry
 from voicelab.server import server
 
 SAID = "a bad cab"
@@ -204,6 +205,42 @@ def test_replica_killed_under_load(toy_home, tmp_path):
     away = sum(r.headers["x-voicelab-model"] == "none" for r in refused)
     assert away and f'voicelab_front_answers_total{{status="5xx"}} {away}.0' in counted, (away, [l for l in counted.splitlines() if "front" in l])      # also those that the recogniser never saw
     assert {r.json()["text"] for _, _, r in answers if r.status_code == 200} == {SAID}
+
+
+def test_champion_damaged_and_the_recogniser_killed(toy_home, tmp_path):
+    "The champion's files are damaged while it is served, then its process dies: the version before it answers, and the server says that it stands in; so it does after a restart. Once the champion is whole and new, it is served."
+    bundle, said = toy_home / "registry" / "voicesearch" / "1", []
+    home = state_with(state_with(bundle, tmp_path) / "registry" / "voicesearch" / "1", tmp_path)      # versions 1 and 2
+    env = dict(VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="error")
+    def stands_in(url):
+        assert httpx.get(url + "/readyz", timeout=60).json() == dict(status="ready", model="voicesearch@1", problem=True)
+        assert 'model_swaps_total{outcome="failed"} 1.0' in httpx.get(url + "/metrics", timeout=60).text
+        r = say(url)
+        assert (r.status_code, r.json()["text"], r.headers["x-voicelab-model"]) == (200, SAID, "voicesearch@1")
+    with server(env=env) as url:
+        assert say(url).headers["x-voicelab-model"] == "voicesearch@2"
+        onnx = home / "registry" / "voicesearch" / "2" / "model.onnx"
+        onnx.chmod(0o644)
+        onnx.write_bytes(onnx.read_bytes()[:-100])
+        replica = [p for p in processes(home) if "ServeReplica" in " ".join(p.cmdline())]
+        assert len(replica) == 1, processes(home)
+        replica[0].kill()
+        replica[0].wait(30)
+        end = time.time() + 60
+        while time.time() < end:
+            with suppress(httpx.HTTPError): said.append(say(url).status_code)
+            if said[-1:] == [200]: break
+            time.sleep(.2)
+        assert said[-1] == 200 and set(said) <= {200, 503}, said
+        stands_in(url)
+    (onnx.parent / "version.json").unlink()                                # so damaged that the registry itself refuses to name it
+    with server(env=env) as url:
+        stands_in(url)
+        registry = Registry(home / "registry")
+        registry.promote("voicesearch", registry.register("voicesearch", bundle), "tests", "a whole one")
+        end = time.time() + 60
+        while time.time() < end and httpx.get(url + "/readyz", timeout=60).json() != dict(status="ready", model="voicesearch@3", problem=False): time.sleep(.2)
+        assert say(url).headers["x-voicelab-model"] == "voicesearch@3"
 
 
 def test_front_killed(url, home):

@@ -330,11 +330,24 @@ class Models:
         resolve,  # () -> (folder, label) of the model that should be served
         load,  # folder, label -> recogniser, loaded and warm
         swapped=None,  # called with "swapped" or "failed"
+        before=None,  # as `resolve`, of the model that was served before: it stands in at the start when the first does not load
     ):
         self.resolve, self.load, self.swapped = resolve, load, swapped or (lambda outcome: None)
-        self.label, self.refused, self.problem = None, None, None
-        folder, label = resolve()
-        self.now, self.label, self.previous = load(folder, label), label, None
+        self.label = self.previous = self.refused = self.problem = None
+        try: self._start(resolve)
+        except Exception as e: self._stand_in(before, e)
+
+    def _start(self, resolve):
+        folder, self.label = resolve()
+        self.now = self.load(folder, self.label)
+
+    def _stand_in(self, before, why: Exception):
+        "Serve the model from before the one that does not load; raises why that one does not when there is none, or it does not load either."
+        self.refused = self.label
+        try: self._start(before)
+        except Exception: raise why from None
+        self.problem = f"{self.refused or 'the champion'} does not load: {why}; {self.label}, which was served before it, stands in"
+        self.swapped("failed")
 
     def look(self) -> bool:
         "Swap if another model should be served; says whether it did."

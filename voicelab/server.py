@@ -29,12 +29,16 @@ def _load(folder, label: str):
     "A recogniser, its files checked and its first inference behind it."
     return Recognizer(folder, threads=setting("THREADS"), label=label)
 
+def _names(model) -> tuple:
+    "What should be served, and what stands in when it does not load: the champion before the champion; nothing for a version that was named."
+    return model or "champion", "previous" if model in (None, "", "champion") else None
+
 def make_service(
     model: str = None,  # alias, version, name@version or folder; None: the champion
 ) -> Service:
     "Load everything that a server needs; raises `InputError` when there is no model."
-    metrics = Metrics()
-    models = Models(lambda: Registry().resolve(model or "champion"), _load, lambda outcome: metrics.swaps.labels(outcome).inc())
+    metrics, (wanted, before) = Metrics(), _names(model)
+    models = Models(lambda: Registry().resolve(wanted), _load, lambda outcome: metrics.swaps.labels(outcome).inc(), before and (lambda: Registry().resolve(before)))
     service = Service(models, RequestLog(), HttpSearch(setting("SEARCH_URL")) if setting("SEARCH_URL") else SearchIndex(setting("SEARCH_DOCS") or None), metrics)
     models.watch()
     threading.Thread(target=_purge_hourly, args=(service.log,), daemon=True, name="retention").start()
@@ -56,6 +60,7 @@ class _Replica:
         r.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", "127.0.0.1"))   # Ray 2.60 binds this one to all addresses
         self.service = make_service(model)
         self.service.lines = Lines(out=_Pipe(f"{folder}/lines", self.service.metrics.lines_lost.inc))
+        if self.service.models.problem: self.service.lines("error", "model", problem=self.service.models.problem)
         self.service.metrics.front.counts = lambda: front_answers(folder)
         app = add_live(build_app(self.service), self.service)
         config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off")
@@ -71,6 +76,7 @@ class _Replica:
         if not self.thread.is_alive(): raise RuntimeError("the web application ended")
         await asyncio.wait_for(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop)), 20)
         if self.service.batcher.busy() > _WEDGED: raise RuntimeError(f"the recogniser has worked on a batch for more than {_WEDGED} s")
+    async def label(self) -> str: return self.service.models.label
     async def drain(self, seconds: float) -> int:
         left = await self.service.drain(seconds)
         self.service.spans.flush()
@@ -167,7 +173,7 @@ def _ray_folder() -> str:
     return tempfile.mkdtemp(prefix=f"voicelab-ray-{os.getpid()}-", dir=place)
 
 def _start(host: str, port: int, model, told: threading.Event):
-    "Start Ray and the application; returns, when it answers, a function that stops both. Sets `told` on a signal to stop, which may come as soon as it answers."
+    "Start Ray and the application; returns, when it answers, a function that stops both, and what model is served. Sets `told` on a signal to stop, which may come as soon as it answers."
     os.environ["VOICELAB_HOME"] = str(home().resolve())      # whatever folder Ray's processes work in
     Lines(), Spans()                                         # a setting that will not do is told before anything is started
     folder, limit = _ray_folder(), setting("DRAIN_SECONDS")
@@ -191,7 +197,17 @@ def _start(host: str, port: int, model, told: threading.Event):
     application = serve.run(deployment(_Replica).bind(model, folder), name="voicelab", route_prefix=None)
     for name, file in zip(("tls.pem", "tls.pem.key"), _tls().values()): Path(folder, name).symlink_to(Path(file).absolute())      # a certificate that is renewed is read when the front starts again
     front = KeptFront(folder, host, port, bool(_tls()), told=lambda said: Lines()("error", "front", error=said))
-    return stop
+    return stop, application.label.remote().result(timeout_s=60)
+
+def _check_model(model):
+    "Raise `InputError` when there is neither the model that is asked for nor one that could stand in."
+    wanted, before = _names(model)
+    try: Registry().resolve(wanted)
+    except InputError:
+        try: Registry().resolve(before)
+        except InputError: pass
+        else: return
+        raise
 
 def run_server(
     host: str = None,  # address; None: setting HOST
@@ -204,9 +220,9 @@ def run_server(
     if host == "localhost": host = "127.0.0.1"               # one address, whatever the name may mean
     _check_address(host, port)
     if setting("SEARCH_URL"): HttpSearch(setting("SEARCH_URL"))
-    _, label = Registry().resolve(model or "champion")
+    _check_model(model)
     told = threading.Event()
-    stop = _start(host, port, model, told)
+    stop, label = _start(host, port, model, told)
     print(f"serving {label} on {'https' if _tls() else 'http'}://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops)", flush=True)
     if not block: return stop
     while not told.wait(.5): pass
