@@ -131,6 +131,25 @@ def test_vosk_client(url, clips):
         assert json.loads(ws.recv()) == dict(text="")
 
 
+def test_vosk_alternatives_and_receipts(url, clips, base_home, monkeypatch):
+    "With max_alternatives, several readings that differ, best first; with consent, the request's id and a receipt that takes the recording back."
+    monkeypatch.setenv("VOICELAB_HOME", str(base_home))
+    before = len(RequestLog().rows())
+    with connect(url.replace("http", "ws") + "/vosk") as ws:
+        ws.send(json.dumps(dict(config=dict(sample_rate=16000, max_alternatives=5, voicelab=dict(consent="transcript,audio")))))
+        ws.send(raw(clips[0][1]))
+        first = json.loads(ws.recv())
+        ws.send('{"eof" : 1}')
+        finals = [r for r in (first, json.loads(ws.recv())) if r.get("voicelab")]
+    best = finals[0]["alternatives"]
+    assert len(best) == 5 == len({a["text"] for a in best}) and [a["confidence"] for a in best] == sorted((a["confidence"] for a in best), reverse=True)
+    assert [w["word"] for w in best[0]["result"]] == best[0]["text"].split() and not any("result" in a for a in best[1:])
+    rows = RequestLog().rows().set_index("request_id")
+    kept = [k for f in finals for k in f["voicelab"]["requests"]]
+    assert {k["logged"] for k in kept} == {"audio"} and rows.text[kept[0]["request_id"]] == best[0]["text"] and len(rows) == before + len(kept)
+    for k in kept: assert httpx.delete(f"{url}/v1/subjects/{k['receipt']}", timeout=60).json()["rows"] == 1
+
+
 def test_consent_decides_what_is_kept_of_live_speech(url, clips, base_home, monkeypatch):
     monkeypatch.setenv("VOICELAB_HOME", str(base_home))
     before = len(RequestLog().rows())

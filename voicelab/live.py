@@ -36,8 +36,9 @@ class Stream:
         seen: dict,            # who connected: consent, subject, region, device
         listener: Listener,
         keywords=None,         # `Keywords` to listen for
+        nbest: int = 0,        # readings of each final
     ):
-        self.service, self.seen, self.listener, self.keywords = service, seen, listener, keywords
+        self.service, self.seen, self.listener, self.keywords, self.nbest = service, seen, listener, keywords, nbest
         self.next_partial, self.heard = 0, time.monotonic()      # heard: when somebody spoke, or committed
 
     async def feed(self,
@@ -88,7 +89,7 @@ class Stream:
             _tell(self.service, seen, "WEBSOCKET", seen["route"])
 
     async def _final(self, utterance, seen) -> dict:
-        result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords, cut=True))
+        result = await _recognised(self.service, np.concatenate([utterance.samples, _TAIL]), dict(keywords=self.keywords, nbest=self.nbest, cut=True))
         result["duration"], seen["model"] = len(utterance.samples) / SAMPLE_RATE, result["model"]
         await _record(self.service, seen, result, utterance.samples, dict(format="wav"), wav_bytes(utterance.samples) if seen["consent"] & {"audio", "training"} else None)
         return dict(kind="final", utterance=utterance, result=result, seen=seen)
@@ -382,7 +383,7 @@ class _Vosk:
         self.stream = None
 
     async def audio(self, data):
-        if self.stream is None: self.stream = Stream(self.service, self.seen, Listener(self.rate), self.keywords)
+        if self.stream is None: self.stream = Stream(self.service, self.seen, Listener(self.rate), self.keywords, self.alternatives)
         finals = []
         async for e in self.stream.feed(pcm(data)):
             if e["kind"] == "final": finals, self.partial = finals + [e], ""
@@ -395,9 +396,21 @@ class _Vosk:
         text = " ".join(e["result"]["text"] for e in finals if e["result"]["text"])
         words = [dict(conf=w["confidence"], start=w["start"], end=w["end"], word=w["word"]) for e in finals for w in _shifted(e["result"]["words"], e["utterance"].start)]
         shown = dict(result=words) if self.show_words and words else {}
-        if not self.alternatives: return dict(text=text, **shown)
-        sure = float(np.mean([e["result"]["confidence"] for e in finals])) if finals else 0.0
-        return dict(alternatives=[dict(text=text, confidence=round(sure, 4), **shown)])
+        body = dict(alternatives=[a | (shown if not i else {}) for i, a in enumerate(_alternatives(finals, self.alternatives))]) if self.alternatives else dict(text=text, **shown)
+        return body | self.kept([e["seen"] for e in finals])
+
+    def kept(self, seen: list) -> dict:
+        "What was kept of each utterance, for who gave consent."
+        if not self.seen["consent"] or not seen: return {}
+        return dict(voicelab=dict(model=seen[-1]["model"], requests=[dict(request_id=s["id"], logged=s["logged"], receipt=s["receipt"]) for s in seen]))
+
+def _alternatives(finals, most: int) -> list:
+    "Readings of utterances that follow each other, best first: each of one with each of the next."
+    found = [("", 1.)]
+    for e in finals:
+        readings = e["result"].get("nbest") or [dict(text=e["result"]["text"], score=1.)]
+        found = sorted(((f"{t} {r['text']}".strip(), p * r["score"]) for t, p in found for r in readings), key=lambda f: -f[1])[:most]
+    return [dict(text=t, confidence=round(p if finals else 0., 4)) for t, p in found]
 
 def add_live(
     app: FastAPI,      # of `build_app`
