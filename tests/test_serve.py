@@ -136,6 +136,8 @@ def test_search(url):
     r = say(url, "/v1/search").json()
     assert (r["text"], r["results"][0]["title"], r["logged"], r["model"]) == (SAID, "A bad cab", "none", "voicesearch@1")
     assert sorted(r["results"][0]) == ["id", "score", "snippet", "title", "url"]
+    scores = [n["score"] for n in r["nbest"]]
+    assert r["nbest"][0]["text"] == SAID and len({n["text"] for n in r["nbest"]}) == 5 and scores == sorted(scores, reverse=True) and abs(sum(scores) - 1) < 1e-3
     assert len(say(url, "/v1/search", k="1").json()["results"]) == 1
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORD', 'SEGMENT', 'LOGGED', 'TRANSCRIPT', 'FOUND', 'KEPT', 'GONE', 'MODEL', 'MODELS', 'REPORT', 'ALIVE', 'READY',
-           'ERROR', 'TEXTS', 'CLIP', 'shape', 'one_of', 'form', 'json_body', 'answers', 'keep_true']
+           'ERROR', 'CLIP', 'shape', 'one_of', 'form', 'json_body', 'array', 'answers', 'keep_true']
 
 # %% ../nbs/05_contract.ipynb #a06610a4
 def shape(
@@ -26,7 +26,7 @@ SEGMENT = dict(id="integer", seek="integer", start="number", end="number", text=
 LOGGED = one_of("none", "metrics", "transcript", "audio")
 TRANSCRIPT = {"text": "string", "usage": dict(type=one_of("duration"), seconds="number"), "logprobs?": [dict(token="string", bytes=["integer"], logprob="number")],
               "task?": "string", "language?": "string", "duration?": "number", "confidence?": "number", "words?": [WORD], "segments?": [SEGMENT]}
-FOUND = dict(text="string", confidence="number", words=[WORD], duration="number", model="string", results=[dict(id="string", title="string", url="string", snippet="string", score="number")],
+FOUND = dict(text="string", nbest=[dict(text="string", score="number")], confidence="number", words=[WORD], duration="number", model="string", results=[dict(id="string", title="string", url="string", snippet="string", score="number")],
              request_id="string", logged=LOGGED, receipt="string|null")
 KEPT = dict(request_id="string", logged=LOGGED)
 GONE = dict(deleted="boolean", models=["string"]) | {n: "integer" for n in ("rows", "audio", "tasks", "labels", "datasets")}
@@ -52,21 +52,35 @@ def json_body(
     "A JSON object."
     return _body("application/json", shape(fields) | dict(additionalProperties=False))
 
-_HEADERS = {"x-request-id": dict(type="string", pattern="^[A-Za-z0-9_-]{0,64}$", description="how this request is called in logs and answers; otherwise the server names it"),
+_HEADERS = {"x-request-id": dict(type="string", pattern="^[A-Za-z0-9_-]{0,64}$", description="how this request is called in logs and answers, a new name for each; otherwise the server names it"),
             "x-voicelab-consent": dict(type="string", description="what may be kept, of metrics, transcript, audio, training; by default nothing"),
             "x-voicelab-subject": dict(type="string", description="who speaks, in the app's own words; what is kept can be erased by it"),
+            "x-voicelab-policy": dict(type="string", description="the privacy policy that the person agreed to, by its version; by default the server's"),
             "x-voicelab-region": dict(type="string", description="where from"), "x-voicelab-device": dict(type="string", description="kind of microphone")}
 
 def _body(kind, schema):
     return dict(requestBody=dict(required=True, content={kind: dict(schema=schema)}), parameters=[{"name": n, "in": "header", "required": False, "schema": s} for n, s in _HEADERS.items()])
 
-TEXTS = dict(type="array", items=dict(type="string", minLength=1))
-CLIP = dict(file=dict(type="string", format="binary", description="wav, flac, mp3, m4a, ogg or webm; 4 to 192 kHz, up to 8 channels"),
-            **{"keywords[]": TEXTS | dict(maxItems=1000, description="words to listen for, up to 100 characters each")}, hotwords="as keywords, in one text: by commas or lines")
+def array(
+    name: str,  # of the field
+    items,      # schema of an item
+    **more,     # other keys of the schema
+) -> dict:      # two fields of a form
+    "A field that may come often, by either of its two names: as OpenAI's clients write it, `name[]`, and as forms do, `name`."
+    return {n: dict(type="array", items=items, **more) for n in (f"{name}[]", name)}
+
+CLIP = dict(file=dict(type="string", format="binary", description="wav, flac, mp3, m4a, ogg or webm; 4 to 192 kHz, up to 8 channels"), hotwords="as keywords, in one text: by commas or lines",
+            **array("keywords", dict(type="string", minLength=1), maxItems=1000, description="words to listen for, up to 100 characters each"))
 
 # %% ../nbs/05_contract.ipynb #17d48463
 _WHY = {400: "Bad input", 401: "API key missing or wrong", 403: "Foreign web page, or a key without the scope", 404: "Not found", 408: "Too slow an upload", 413: "Too large",
         429: "Too many requests with this key: see Retry-After", 500: "Failure of the server", 503: "Busy: see Retry-After"}
+
+_TELLS = {n: dict(description=d, required=n != "x-voicelab-receipt", schema=s) for n, d, s in [
+    ("x-request-id", "how this request is called", dict(type="string")), ("x-voicelab-model", "name@version of the model; none when it is away", dict(type="string")),
+    ("x-voicelab-logged", "what was kept; later: the last event of the stream says it", one_of("none", "metrics", "transcript", "audio", "later")),
+    ("x-voicelab-receipt", "by what the recording of an unnamed person can be erased", dict(type="string"))]}
+_RETRY = {"retry-after": dict(description="seconds after which trying again makes sense", required=True, schema=dict(type="integer", minimum=1))}
 
 def answers(
     good=None,    # shape of the JSON body of a 200; None: it has none
@@ -75,7 +89,8 @@ def answers(
 ) -> dict:        # for FastAPI's `responses`
     "The answers that a route gives."
     content = ({"application/json": dict(schema=shape(good))} if good else {}) | {t: {} if t == "text/event-stream" else dict(schema=dict(type="string")) for t in also}     # events have shapes of their own
-    return {200: dict(description="Done", content=content)} | {c: dict(description=_WHY[c], content={"application/json": dict(schema=shape(ERROR))}) for c in (400, 401, 403, 429, 500, 503, *codes)}
+    refused = {c: dict(description=_WHY[c], headers=_TELLS | (_RETRY if c in (429, 503) else {}), content={"application/json": dict(schema=shape(ERROR))}) for c in (400, 401, 403, 429, 500, 503, *codes)}
+    return {200: dict(description="Done", headers=_TELLS, content=content)} | refused
 
 # %% ../nbs/05_contract.ipynb #56f2da7e
 def keep_true(

@@ -187,7 +187,7 @@ async def read_form(
 
 # %% ../nbs/35_serve.ipynb #b9577ecb
 _STAND_FOR_US = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")  # what an app written for OpenAI asks for
-_KNOWN = "file model language prompt response_format temperature timestamp_granularities include stream keywords hotwords nbest".split()
+_KNOWN = "file model language prompt response_format temperature timestamp_granularities include stream keywords hotwords".split()
 
 def _one(fields: dict, name: str, default: str = "", allowed=None) -> str:
     "A field that may be given once."
@@ -767,9 +767,9 @@ def _speech_routes(app: FastAPI, service: Service):
     "Transcription and search."
     @app.post("/v1/audio/transcriptions", responses=contract.answers(contract.TRANSCRIPT, 404, 408, 413, also=["text/plain", "application/x-subrip", "text/vtt", "text/event-stream"]), tags=["speech"], openapi_extra=contract.form("file", **contract.CLIP,
         model="the served model, or nothing", language=dict(type="string", pattern="^([eE][nN]([gG][lL][iI][sS][hH])?(-.*)?)?$", description="en"), prompt="accepted, not used", response_format=contract.one_of(*FORMATS),
-        temperature=dict(type="number", minimum=0, maximum=1, description="accepted, not used"), stream=dict(type="boolean", description="with response_format json or text"), **{
-        "timestamp_granularities[]": dict(type="array", items=contract.one_of("word", "segment"), description="with response_format verbose_json"),
-        "include[]": dict(type="array", items=contract.one_of("logprobs"), description="with response_format json or verbose_json")}))
+        temperature=dict(type="number", minimum=0, maximum=1, description="accepted, not used"), stream=dict(type="boolean", description="with response_format json or text"),
+        **contract.array("timestamp_granularities", contract.one_of("word", "segment"), description="with response_format verbose_json"),
+        **contract.array("include", contract.one_of("logprobs"), description="with response_format json or verbose_json")))
     async def transcriptions(request: Request) -> Response:
         "Speech to text, as OpenAI's API."
         ours = {service.models.label, service.models.label.split("@")[0]}
@@ -783,14 +783,14 @@ def _speech_routes(app: FastAPI, service: Service):
 
     @app.post("/v1/search", responses=contract.answers(contract.FOUND, 408, 413), tags=["speech"], openapi_extra=contract.form("file", **contract.CLIP, k=dict(type="integer", minimum=1, maximum=50, description="how many results")))
     async def search(request: Request) -> Response:
-        "A spoken query: what was heard, and what was found."
+        "A spoken query: what was heard, other readings of it, and what was found."
         form, result = await _clip_request(service, request, check_search)
-        readings = [r["text"] for r in result.get("nbest", [])] or [result["text"]]
-        try: found = await service.thread("search", service.search.search, readings, form["k"]) if result["text"] else []
+        readings = result.get("nbest") or [dict(text=result["text"], score=1.0)]           # a long clip has but one
+        try: found = await service.thread("search", service.search.search, [r["text"] for r in readings], form["k"]) if result["text"] else []
         except (SearchError, Crowded) as e: raise ApiError(503, str(e), None, "search_unavailable", retry_after=5) from None
         seen = request.scope["state"]["seen"]
         return JSONResponse({k: result[k] for k in ("text", "confidence", "words", "duration", "model")} | dict(
-            results=found, request_id=seen["id"], logged=seen["logged"], receipt=seen["receipt"]))
+            nbest=readings, results=found, request_id=seen["id"], logged=seen["logged"], receipt=seen["receipt"]))
 
 # %% ../nbs/35_serve.ipynb #f8a5a89c
 async def _json(request: Request, **types) -> dict:
