@@ -2,16 +2,19 @@
 import io, os, socket, struct, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fractions import Fraction
 from functools import lru_cache
 
+import av
 import httpx
 import numpy as np
 import psutil
 import pytest
 import soundfile as sf
 from conftest import processes, state_with
+from test_serve import encode
 
-from voicelab.audio import wav_bytes
+from voicelab.audio import decode_audio, wav_bytes
 from voicelab.export import toy_tones
 from voicelab.registry import Registry
 from voicelab.server import server
@@ -118,9 +121,13 @@ def encoded(kind, seconds=.5, rate=16000, channels=1, value=None):
     return out.getvalue()
 
 
+@lru_cache
+def media(kind): return encode(toy_tones(SAID), 48000, 1, kind)
+
+
 def hostile(rng) -> tuple:
-    "A request body and its content type, of a kind that is drawn."
-    good = [CLIP, encoded("FLAC"), encoded("OGG"), encoded("MP3", rate=16000)][rng.integers(4)]
+    "A request body, its content type and its boundary, of a kind that is drawn."
+    good = [CLIP, encoded("FLAC"), encoded("OGG"), encoded("MP3", rate=16000), media("webm"), media("m4a")][rng.integers(6)]
     def cut(b): return b[:int(rng.integers(len(b) + 1))]
     def flipped(b):
         b = bytearray(b)
@@ -142,16 +149,29 @@ def hostile(rng) -> tuple:
     body = fields + b'--%s\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n%s\r\n--%s--\r\n' % (mark, rng.choice([b"a.wav", b"../../x", b"", b"\xff", b"a" * 3000]), clip, mark)
     if rng.random() < .1: body = flipped(body) if rng.random() < .5 else cut(body)
     kind = rng.choice(["multipart/form-data; boundary=" + mark.decode()] * 12 + ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=" + "y" * 400, "application/json", "text/plain; charset=nope", "multipart/mixed; boundary=x"])
-    return body, kind
+    return body, kind, mark
+
+
+def uploaded(body, mark) -> bytes:
+    "The file in a multipart body, found without a parser: what stands between the head of its part and the next boundary."
+    head, _, clip = next(p for p in (b"\r\n" + body).split(b"\r\n--" + mark) if b"filename" in p.partition(b"\r\n\r\n")[0]).partition(b"\r\n\r\n")
+    return clip
+
+
+def heard_what_was_sent(answer, clip):
+    "A good answer was given to a clip that can be decoded, within the limits, and is as long as it says."
+    samples, _ = decode_audio(clip, max_seconds=60, max_bytes=2_000_000)
+    assert len(samples), "there is no sound in it"
+    if answer.headers["content-type"] == "application/json": assert abs(answer.json()["usage"]["seconds"] - len(samples) / 16000) < .002
 
 
 def test_hostile_uploads(url, home):
-    "Uploads that are broken, lie or mean harm: a 4xx with an error in our shape, or a 200; never a 5xx, none takes long, and the memory stays. VOICELAB_TEST_UPLOADS=10000 sends as many."
+    "Uploads that are broken, lie or mean harm: a 4xx with an error in our shape, or a 200 to what can be decoded; never a 5xx, none takes long, and the memory stays. VOICELAB_TEST_UPLOADS=10000 sends as many."
     n, longest = int(os.environ.get("VOICELAB_TEST_UPLOADS", 600)), []
     for _ in range(20): say(url)
     before = resident(home)
     def one(i):
-        body, kind = hostile(np.random.default_rng(i))
+        body, kind, _ = hostile(np.random.default_rng(i))
         start = time.perf_counter()
         with httpx.Client(timeout=30) as c: r = c.post(url + POST, content=body, headers={"content-type": kind})
         longest.append(time.perf_counter() - start)
@@ -159,12 +179,51 @@ def test_hostile_uploads(url, home):
     with ThreadPoolExecutor(4) as pool: answers = list(pool.map(one, range(n)))
     bad = [(i, r.status_code, r.text[:200]) for i, r in answers if not (r.status_code == 200 or 400 <= r.status_code < 500 and set(r.json()["error"]) == {"message", "type", "param", "code"})]
     assert not bad, bad[:5]
+    for i, r in answers:
+        if r.status_code == 200:
+            body, _, mark = hostile(np.random.default_rng(i))
+            try: heard_what_was_sent(r, uploaded(body, mark))
+            except Exception as e: raise AssertionError(f"upload {i} was answered {r.text[:100]!r}, but {e!r}") from e
     codes = {r.status_code for _, r in answers}
     assert {200, 400, 413} <= codes, codes                              # the generator reaches all of them
     said = " ".join(r.text for _, r in answers if r.status_code >= 400)
     assert not any(secret in said for secret in ("Traceback", str(home), "site-packages", ".py")), "an error tells of our files"
     assert max(longest) < 25, max(longest)
     assert resident(home) - before < 200, (before, resident(home))
+    assert say(url).json()["text"] == SAID
+
+
+def silence(kind, hours=2) -> bytes:
+    "Hours of nothing in some hundred kilobytes."
+    out = io.BytesIO()
+    if kind == "flac":
+        with sf.SoundFile(out, "w", 16000, 1, format="FLAC") as f:
+            for _ in range(60 * hours): f.write(np.zeros(60 * 16000, np.int16))
+        return out.getvalue()
+    with av.open(out, "w", format=kind) as f:                          # one packet of Opus, again and again
+        stream = f.add_stream("libopus", rate=48000, layout="mono", options=dict(frame_duration="60"))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.int16), "s16", "mono")
+        frame.sample_rate = 48000
+        resampler = av.AudioResampler("s16", "mono", 48000, 2880)
+        nothing = bytes([p for r in resampler.resample(frame) for p in stream.encode(r)][-1])
+        for i in range(3600 * hours * 1000 // 60):
+            p = av.Packet(nothing)
+            p.stream, p.pts, p.dts, p.duration, p.time_base = stream, 2880 * i, 2880 * i, 2880, Fraction(1, 48000)
+            f.mux(p)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["flac", "ogg", "webm"])
+def test_decompression_bombs(url, home, kind):
+    "Two hours of sound in less than the bytes that are allowed: refused as too long, soon, without unpacking it; several at once take no memory either."
+    bomb = silence(kind)
+    assert len(bomb) < 2_000_000
+    say(url)
+    work = lambda: sum(sum(p.cpu_times()[:2]) for p in processes(home))         # not the clock: a busy machine is no bomb's doing
+    before, start = resident(home), work()
+    with ThreadPoolExecutor(4) as pool: answers = [(r.status_code, r.json()["error"]["code"]) for r in pool.map(lambda _: say(url, clip=bomb), range(8))]
+    assert answers == [(413, "too_long")] * 8
+    assert work() - start < 15 and resident(home) - before < 100, (work() - start, before, resident(home))
     assert say(url).json()["text"] == SAID
 
 
