@@ -131,17 +131,63 @@ def test_hands_free(page):
     assert page.get_attribute("body", "data-state") == "idle"
 
 
-def test_silence_is_not_sent(chromiums, url, tmp_path):
-    "A microphone that hears nothing: the page says so, and no request leaves it."
-    quiet, sent = chromium(chromiums, write_wav(tmp_path / "quiet.wav", np.zeros(16000 * 4, np.float32))), []
-    page = quiet.new_context(permissions=["microphone"]).new_page()
-    page.on("request", lambda r: sent.append(r.url) if "/v1/" in r.url else None)
+def noise(seconds, db, colour="white", seed=0):
+    "Noise of that level against full scale; pink has the same power in every octave above 20 Hz, as a fan or a street does."
+    n = int(16000 * seconds)
+    spectrum = np.fft.rfft(np.random.default_rng(seed).normal(size=n))
+    if colour == "pink": spectrum /= np.sqrt(np.maximum(np.fft.rfftfreq(n, 1 / 16000), 20))
+    x = np.fft.irfft(spectrum, n)
+    return (10 ** (db / 20) * x / x.std()).astype(np.float32)
+
+
+def outgoing(page):
+    "What leaves the page with sound or words in it: uploads (their bytes) and frames on WebSockets (theirs), as they go."
+    sent = []
+    page.on("request", lambda r: sent.append(("upload", len(r.post_data_buffer or b""))) if r.method == "POST" else None)
+    page.on("websocket", lambda w: (sent.append(("socket", 0)), w.on("framesent", lambda frame: sent.append(("frame", len(frame))))))
+    return sent
+
+
+def level(page):
+    "How far the level meter stands, 0 to 1, as it is drawn."
+    return page.evaluate("document.getElementById('level').getBoundingClientRect().width / document.querySelector('.meter').getBoundingClientRect().width")
+
+
+@pytest.mark.parametrize("how", ["push", "hands-free"])
+def test_silence_is_not_sent(chromiums, url, how, tmp_path):
+    "A microphone that hears nothing: the page says so, and neither a request nor a frame leaves it."
+    browser = chromium(chromiums, write_wav(tmp_path / "quiet.wav", np.zeros(16000 * 4, np.float32)))
+    page = browser.new_context(permissions=["microphone"]).new_page()
     page.goto(url)
-    sent.clear()
-    speak(page, ms=1000)
-    shows(page, "#status", "nothing was sent")
-    assert sent == []
-    quiet.close()
+    sent = outgoing(page)
+    if how == "push":
+        speak(page, ms=1000)
+        shows(page, "#status", "nothing was sent")
+    else:
+        page.check("#handsfree")
+        shows(page, "#status", "Speak when you like")
+        page.wait_for_timeout(2500)
+        page.uncheck("#handsfree")
+    assert sent == [] and level(page) == 0
+    browser.close()
+
+
+@pytest.mark.parametrize("db", [-40, -30])
+@pytest.mark.parametrize("what", ["white", "pink", "switched on"])
+def test_noise_is_not_sent(chromiums, url, what, db, tmp_path):
+    "Hands-free beside a fan, and beside one that is switched on and off: the meter shows it, and nothing leaves the page."
+    x = np.r_[np.zeros(24000), noise(4, db, "pink"), np.zeros(8000)] if what == "switched on" else noise(6, db, what)
+    browser = chromium(chromiums, write_wav(tmp_path / "noise.wav", x.astype(np.float32)))
+    page = browser.new_context(permissions=["microphone"]).new_page()
+    page.goto(url)
+    sent, heard = outgoing(page), 0
+    page.check("#handsfree")
+    shows(page, "#status", "Speak when you like")
+    for _ in range(28):
+        page.wait_for_timeout(250)
+        heard = max(heard, level(page))
+    assert heard > .2 and sent == [] and page.inner_text("#status").startswith("Speak when you like"), (heard, sent[:5])
+    browser.close()
 
 
 def test_consent_is_off_and_means_what_it_says(page, toy_home, monkeypatch):
