@@ -1,11 +1,12 @@
 // The voice-search page: push to talk or hands-free. Words appear while somebody speaks (/vosk); then a WAV file goes to /v1/search, and results come back.
+import { Ear } from "./ear.js";
+
 const $ = (id) => document.getElementById(id);
 const LONGEST = 30;          // seconds; then the recording ends by itself
 const SHORTEST = 0.25;       // seconds; less is a slip of the finger
 const SILENCE = 0.004;       // a peak below this is no speech: it is not sent
 const TAP = 350;             // milliseconds; a shorter press is a tap, which starts and a second one stops
-const BEFORE = 0.4;          // seconds of sound kept from before speech was noticed, hands-free
-const PAUSE = 0.8;           // seconds of silence that end a query, hands-free
+const BEFORE = 0.6;          // seconds of sound kept from before speech was noticed, hands-free: a first "s" has no pitch
 
 const visit = crypto.randomUUID ? crypto.randomUUID() : String(Math.random()).slice(2);   // names this visit, so that it can be erased
 let take = null;             // the recording that is running
@@ -56,7 +57,7 @@ async function start() {
     let peak = 0;
     for (const s of data) peak = Math.max(peak, Math.abs(s));
     meter(peak);
-    if (mine.ear) return listen(mine, data, mine.ear.hear(data, data.length / mine.context.sampleRate));
+    if (mine.ear) return listen(mine, data, mine.ear.hear(data, mine.context.sampleRate));
     keep(mine, data, peak);
     if (mine.samples > LONGEST * mine.context.sampleRate) stop();
   };
@@ -72,26 +73,11 @@ function keep(t, data, peak) {
   else t.live?.send(data);
 }
 
-// ---- hands-free: the page itself decides when somebody speaks, so that silence never leaves the device
-
-class Ear {                     // speech is well above the background, which is followed slowly upwards and fast downwards
-  constructor() { this.floor = 0.002; this.loud = 0; this.quiet = 0; this.speaking = false; }
-  hear(data, seconds) {
-    let power = 0;
-    for (const s of data) power += s * s;
-    const level = Math.sqrt(power / data.length), over = level > Math.max(3 * this.floor, SILENCE);
-    if (!this.speaking) this.floor = level < this.floor ? 0.7 * this.floor + 0.3 * level : Math.min(1.05 * this.floor, 0.98 * this.floor + 0.02 * level);
-    this.loud = over ? this.loud + seconds : 0;
-    this.quiet = over ? 0 : this.quiet + seconds;
-    if (!this.speaking && this.loud >= 0.1) return (this.speaking = true), "began";
-    if (this.speaking && this.quiet >= PAUSE) return (this.speaking = false), "ended";
-    return this.speaking ? "speech" : "silence";
-  }
-}
+// ---- hands-free: the page itself decides when somebody speaks (ear.js), so that silence and noise never leave the device
 
 function listen(t, data, what) {
-  if (sending) { t.pieces = []; t.samples = 0; t.ear.speaking = false; return; }       // one query at a time
-  if (what === "silence") {
+  if (sending) t.ear.forget();                                                          // one query at a time
+  if (sending || what === "silence") {
     t.pieces.push(data);
     t.samples += data.length;
     while (t.samples - t.pieces[0].length > BEFORE * t.context.sampleRate) t.samples -= t.pieces.shift().length;
@@ -103,7 +89,7 @@ function listen(t, data, what) {
   lastClip = wav(t.pieces, t.samples, t.context.sampleRate);
   t.live?.close();
   Object.assign(t, { pieces: [], samples: 0, peak: 0, live: null });
-  t.ear.speaking = false;
+  t.ear.forget();
   send(lastClip);
 }
 
