@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'alignment_text', 'alignment_html', 'confusions', 'seen_words', 'worst', 'player', 'clips_html',
-           'worst_html', 'difference', 'in_words', 'difference_html', 'with_measured', 'adjust', 'slices', 'plot_rates',
-           'bias_variance', 'remedy', 'priorities']
+           'worst_html', 'mark_label_errors', 'on_labels_in_doubt', 'difference', 'in_words', 'difference_html',
+           'with_measured', 'adjust', 'slices', 'plot_rates', 'bias_variance', 'remedy', 'reference', 'priorities']
 
 # %% ../nbs/27_errors.ipynb #0d9fbdd2
 import base64, html, math
@@ -16,7 +16,7 @@ from .core import InputError
 from .text import normalize
 from .audio import read_audio, wav_bytes
 from .verify import _NARROW_DB, inspect
-from .scope import Scope, load_scope
+from .scope import Scope, human_level, load_scope
 from .evaluate import align, bootstrap, error_table, paired_bootstrap, unit_codes
 
 # %% ../nbs/27_errors.ipynb #c698512e
@@ -112,11 +112,33 @@ def worst_html(
     k=10,                 # clips
     players=False,        # put the audio into the page
 ) -> str:
-    "The worst clips as an HTML table: errors, alignment, who spoke."
+    "The worst clips as an HTML table: errors (`label?`: the label may be wrong), alignment, who spoke."
     def cells(r):
         who = " ".join(str(r[c]) for c in ("speaker", "slice", "kind") if c in r and isinstance(r[c], str) and r[c])
-        return f"{r['errors']}/{r['words']}", alignment_html(r["text"], r["hyp"]), html.escape(who)
+        doubt = " <b>label?</b>" if r.get("label?", False) else ""
+        return f"{r['errors']}/{r['words']}{doubt}", alignment_html(r["text"], r["hyp"]), html.escape(who)
     return clips_html(["errors", "reference and what was heard", "who"], worst(table, k), cells, players)
+
+# %% ../nbs/27_errors.ipynb #a5320d5c
+_DOUBT = 25.  # nats
+
+def mark_label_errors(
+    table: pd.DataFrame,   # an `error_table`
+    ranked: pd.DataFrame,  # from `judge`: `suspicion` by the table's index; rows of the table that were not judged are believed
+    nats: float = _DOUBT,  # a label that costs more is in doubt
+) -> pd.DataFrame:         # the table with `label?`: has it errors that may be those of its label?
+    "Mark errors that may be errors of the label."
+    if "suspicion" not in ranked: raise InputError(f"no column suspicion; the columns are {', '.join(map(str, ranked.columns))}; give what `judge` returns")
+    if ranked.index.has_duplicates or table.index.has_duplicates or not ranked.index.isin(table.index).all(): raise InputError("the ranking is not about the rows of the table: each row's index must stand in the table, once")
+    doubt = ranked["suspicion"].reindex(table.index).fillna(0) > nats
+    return table.assign(**{"label?": doubt & (table["errors"] > 0)})
+
+def on_labels_in_doubt(
+    table: pd.DataFrame,  # from `mark_label_errors`
+) -> dict:                # clips, errors, of (all errors), share
+    "How many of the errors stand on labels in doubt?"
+    mine, of = int(table.loc[table["label?"], "errors"].sum()), int(table["errors"].sum())
+    return dict(clips=int(table["label?"].sum()), errors=mine, of=of, share=mine / of if of else 0.)
 
 # %% ../nbs/27_errors.ipynb #59ea45db
 def difference(
@@ -152,7 +174,7 @@ def difference_html(
     "The clips on which two models differ, as an HTML table: what was said, what each heard, a player."
     return clips_html(["errors", a, b], other.head(k), lambda r: (f"{r['errors']} → {r['errors_b']}", alignment_html(r["text"], r["hyp"]), alignment_html(r["text"], r["hyp_b"])), players)
 
-# %% ../nbs/27_errors.ipynb #6e9d54c4
+# %% ../nbs/27_errors.ipynb #fe5a491a
 MEASURED = dict(snr_db="signal-to-noise ratio, dB", lufs="loudness, LUFS", pitch_hz="pitch, Hz", speech_share="share of the clip that is speech", bandwidth="narrow: a telephone's band; wide: more")
 
 def with_measured(
@@ -292,10 +314,12 @@ def bias_variance(
 
 # %% ../nbs/27_errors.ipynb #120eaa2d
 _LEVERS = dict(
-    noise="mix recordings of this noise into training at the SNRs of the slice", snr_db="mix noise into training at these SNRs", new_names="listen for these names as keywords; add sentences with them to the next data set",
-    young="collect or synthesise such voices; pitch and speed augmentation in their range", noisy="mix recorded noise into training at these SNRs",
-    age="collect or synthesise voices of this group", accent="collect or synthesise this accent", device="augment with this device's codec and response", region="collect clips from this region",
-    kind="more and more varied sentences of this kind; check its word list", duration="train on clips of this length: join short ones or cut long ones", words="train on sentences of this length", source="check how this source was recorded and labelled")
+    noise=("augment", "mix recordings of this noise into training at the SNRs of the slice"), snr_db=("augment", "mix noise into training at these SNRs"), noisy=("augment", "mix recorded noise into training at these SNRs"),
+    lufs=("augment", "even out the loudness (a policy), or train at these levels"), bandwidth=("augment", "send training clips through a telephone's band"), device=("augment", "augment with this device's codec and response"),
+    new_names=("LM", "listen for these names as keywords; add sentences with them to the next data set"), kind=("LM", "more and more varied sentences of this kind; check its word list"),
+    young=("collect", "collect or synthesise such voices; pitch and speed augmentation in their range"), age=("collect", "collect or synthesise voices of this group"), accent=("collect", "collect or synthesise this accent"),
+    pitch_hz=("collect", "collect or synthesise voices of this pitch"), region=("collect", "collect clips from this region"), duration=("augment", "train on clips of this length: join short ones or cut long ones"),
+    words=("collect", "train on sentences of this length"), speech_share=("augment", "more or less silence around the speech in training"), source=("relabel", "check how this source was recorded and labelled"))
 
 _NOISY = dict(noise=.85, noises=["street", "babble", "car", "coloured"], snr_db=[-5., 15.])
 
@@ -306,30 +330,74 @@ def remedy(
     tag, _, value = what.partition(" = ")
     tags = tag.split(" & ")
     if {"noise", "snr_db"} & set(tags) or value == "noisy": return dict(_NOISY)
-    if "duration" in tags: return dict(silence=.6, silence_s=[0., 1.5])
-    if value == "young" or "age" in tags: return dict(pitch=.5, semitones=[-2., 5.])
-    if "device" in tags: return dict(phone=.2, band=.3, opus=.3)
+    if {"duration", "speech_share"} & set(tags): return dict(silence=.6, silence_s=[0., 1.5])
+    if value == "young" or {"age", "pitch_hz"} & set(tags): return dict(pitch=.5, semitones=[-2., 5.])
+    if {"device", "bandwidth"} & set(tags): return dict(phone=.2, band=.3, opus=.3)
     return {}
 
-def _reference(scope, tag, value):  # target of a slice: its own, else the overall one
+# %% ../nbs/27_errors.ipynb #a1655360
+def _target(scope, tag, value):  # of a slice: its own, else the overall one
     return scope.targets.get(f"wer_{value}" if tag == "slice" and value else "wer", scope.targets.get("wer", 0.))
 
+def reference(
+    row,                  # of `slices`: tag, value, wer
+    found: pd.DataFrame,  # all of them
+    scope: Scope,
+) -> tuple:               # (rate, whose it is in words)
+    "What a slice could reach: people's level, else the best slice of its tag, else the target."
+    people = human_level(scope, row.value if row.tag == "slice" else "")
+    if people is not None: return people, "people"
+    alike = found[found.tag.isin([row.tag, *row.tag.split(" & ")]) & (found.finding != "too few") & (found.share >= .1) & (found.wer < row.wer)]
+    if not len(alike): return _target(scope, row.tag, row.value), "target"
+    best = alike.loc[alike.wer.idxmin()]
+    return float(best.wer), f"best slice: {best.tag} = {best.value or '(none)'}"
+
+def _of_slice(table, tag, value):  # the clips of a slice or of a pair
+    mask = np.ones(len(table), bool)
+    for t, v in zip(tag.split(" & "), value.split(" & ") if " & " in tag else [value]): mask &= (_labels(table[t]).replace("", "(none)") == (v or "(none)")).to_numpy()
+    return table[mask]
+
+def _lever(clips, train_texts, usual):  # (lever, what to do), from what the errors of the clips are
+    if clips is None: return usual
+    if "label?" in clips and (c := on_labels_in_doubt(clips))["share"] >= .5: return "relabel", f"{c['errors']} of {c['of']} errors stand on labels in doubt: listen to these first"
+    if train_texts is None: return usual
+    lost = seen_words(clips, train_texts).lost
+    return ("LM", f"{lost['unseen']} of {lost.sum()} lost words were never seen in training: {_UNSEEN}") if lost["unseen"] >= max(3, lost.sum() / 2) else usual
+
+_UNSEEN = "give them as keywords, add texts with them to the language model and to the next data set"
+
+def _of_all(table, train_texts):  # labels in doubt and unseen words of the whole, as rows of `priorities`, where they stand out
+    w, e = table["words"].sum(), table["errors"].sum()
+    if "label?" in table and (m := table["label?"]).any() and w > table.words[m].sum():
+        own, rest, part = table.errors[m].sum() / table.words[m].sum(), table.errors[~m].sum() / table.words[~m].sum(), table.words[m].sum() / w
+        yield dict(what="labels in doubt", share=part, wer=own, reference=rest, against="labels that are believed", gain=part * (own - rest), evidence=f"{table.errors[m].sum()} of {e} errors, {m.sum()} clips", kind="relabel", lever="listen to them and correct them: a wrong label counts as an error of the model")
+    if train_texts is None: return
+    s, n = (t := seen_words(table, train_texts)).loc["seen"], t.loc["unseen"]
+    both = t.lost.sum() / max(t.words.sum(), 1)
+    if s.words and n.words and n.rate - s.rate > 1.96 * math.sqrt(both * (1 - both) * (1 / s.words + 1 / n.words)):
+        yield dict(what="words never seen", share=n.words / t.words.sum(), wer=n.rate, reference=s.rate, against="words seen in training", gain=n.words / t.words.sum() * (n.rate - s.rate), evidence=f"{n.lost} of {n.words} lost: {n.most_lost}", kind="LM", lever=_UNSEEN)
+
+# %% ../nbs/27_errors.ipynb #b4afd058
 def priorities(
     found: pd.DataFrame,  # from `slices`
     scope,                # a Scope or the path of a scope.json
     bias=None,            # from `bias_variance`
     shares=None,          # {tag: {value: share of the forecast traffic}} where it differs from the evaluated set; None: the scope's
     k=12,                 # rows
-) -> pd.DataFrame:        # what, share, wer, reference, gain (of the overall rate), evidence, lever; best first
+    table=None,           # the clips that `found` was made from, with `label?` where labels were judged: the levers then follow the errors
+    train_texts=None,     # texts the model was trained on, to tell what it has never seen
+) -> pd.DataFrame:        # what, share, wer, reference, against, gain (of the overall rate), evidence, kind (collect, augment, relabel, model, LM), lever; best first
     "What to work on next, ranked by what the overall error rate would gain."
     s = scope if isinstance(scope, Scope) else load_scope(scope)
-    rows = []
+    rows = [] if table is None else list(_of_all(table, train_texts))
     for r in found.itertuples():
-        share, ref = (s.shares if shares is None else shares).get(r.tag, {}).get(r.value, r.share), _reference(s, r.tag, r.value)
-        if r.wer > ref and (r.finding == "worse" or (r.tag == "slice" and r.value)):
-            rows.append(dict(what=f"{r.tag} = {r.value or '(none)'}", share=share, wer=r.wer, reference=ref, gain=share * (r.wer - ref), evidence=r.finding if r.finding != "worse" else f"worse than the rest, p = {r.p:.2g}", lever=_LEVERS.get(r.value, _LEVERS.get(r.tag, "look at its worst clips"))))
-    for name in (bias or {}).get("real", []): rows.append(dict(what=_GAPS[name][0], share=1., gain=bias["gaps"][name], evidence="gap beyond noise", lever=_GAPS[name][1].split(": ", 1)[1]))
+        share, (ref, whose) = (s.shares if shares is None else shares).get(r.tag, {}).get(r.value, r.share), reference(r, found, s)
+        if r.wer <= ref or not (r.finding == "worse" or (r.tag == "slice" and r.value)): continue
+        usual = _LEVERS.get(r.value, next((_LEVERS[t] for t in r.tag.split(" & ") if t in _LEVERS), ("collect", "look at its worst clips")))
+        kind, lever = _lever(None if table is None else _of_slice(table, r.tag, r.value), train_texts, usual)
+        rows.append(dict(what=f"{r.tag} = {r.value or '(none)'}", share=share, wer=r.wer, reference=ref, against=whose, gain=share * (r.wer - ref), evidence=r.finding if r.finding != "worse" else f"worse than the rest, p = {r.p:.2g}", kind=kind, lever=lever))
+    for name in (bias or {}).get("real", []): rows.append(dict(what=_GAPS[name][0], share=1., gain=bias["gaps"][name], evidence="gap beyond noise", kind="model" if name == "bias" else "collect", lever=_GAPS[name][1].split(": ", 1)[1]))
     rows.sort(key=lambda r: -r["gain"])
     measured = set(found.loc[found.tag == "slice", "value"])
-    rows += [dict(what=f"slice = {v}", reference=_reference(s, "slice", v), evidence="not measured", lever="collect and label clips of it: the label queue") for v in s.slices if v not in measured]
-    return pd.DataFrame(rows[:k], columns=["what", "share", "wer", "reference", "gain", "evidence", "lever"]).rename_axis("rank").rename(lambda i: i + 1)
+    rows += [dict(what=f"slice = {v}", reference=_target(s, "slice", v), against="target", evidence="not measured", kind="collect", lever="collect and label clips of it: the label queue") for v in s.slices if v not in measured]
+    return pd.DataFrame(rows[:k], columns=["what", "share", "wer", "reference", "against", "gain", "evidence", "kind", "lever"]).rename_axis("rank").rename(lambda i: i + 1)
