@@ -32,6 +32,10 @@ def check(run, out, home, corpus):
     assert "Scorecard" in out
     registry = Registry(home / "registry")
     assert registry.aliases(corpus)["champion"] in (results["5_deploy"]["outputs"]["version"], results["7_retrain"]["outputs"]["version"])
+    assert {"snr_db", "lufs", "pitch_hz", "speech_share"} <= set(results["4_errors"]["metrics"]["tags"])         # cut along what can be measured, too
+    deployed = results["5_deploy"]["metrics"]
+    assert len(deployed["behaviour"]) == 9 and all(r["ok"] for r in deployed["behaviour"])          # the first champion behaves, too
+    assert [r["part"] for r in deployed["ceiling"]][:4] == ["endpointing", "search", "language model", "acoustic model"] and deployed["limit"]
     assert results["6_monitor"]["metrics"]["requests"] > 100
     return results
 

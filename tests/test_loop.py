@@ -260,3 +260,28 @@ def test_hard_clips_are_no_wrong_rate(tmp_path):
     assert (verify(rows).problem == "wrong_rate").sum() == len(rows)
     kept, refused = _sorted_out(rows, rows.head(0))
     assert len(kept) > .8 * len(rows) and "wrong_rate" not in {r["problem"] for r in refused}, refused
+
+
+def test_errors_on_wrong_labels_are_marked_and_honest_ones_are_not(tmp_path):
+    "Two labels are exchanged; a third clip is masked by noise, so that the model errs by itself. The model has learnt none of them."
+    from voicelab.consistency import judge
+    from voicelab.errors import mark_label_errors, on_labels_in_doubt, priorities, slices, worst_html
+    from voicelab.evaluate import evaluate
+    from voicelab.scope import Scope
+    clips, toy = tone_clips(tmp_path, 5, 4, 3), Recognizer(toy_bundle(tmp_path/"toy"))
+    a, b = 0, next(i for i in range(1, len(clips)) if clips.text[i] != clips.text[0])
+    clips.loc[[a, b], "text"] = clips.text[[b, a]].to_numpy()
+    faint = next(i for i in range(1, len(clips)) if i != b)
+    x = read_audio(clips.audio_filepath[faint])
+    x[len(x)//2:] *= .02                                                # the second half can hardly be heard: the model loses it, unsure
+    write_wav(clips.audio_filepath[faint], x)
+    table = evaluate(clips, toy)
+    wrong = table[table.errors > 0]
+    assert set(wrong.index) == {a, b, faint}
+    marked = mark_label_errors(table, judge(wrong, toy.log_probs([read_audio(p) for p in wrong.audio_filepath])))
+    assert set(marked.index[marked["label?"]]) == {a, b}
+    said = on_labels_in_doubt(marked)
+    assert said["clips"] == 2 and said["errors"] == table.errors[[a, b]].sum() and said["of"] == table.errors.sum()
+    assert worst_html(marked).count("label?") == 2
+    first = priorities(slices(marked), Scope(), table=marked).iloc[0]
+    assert (first["what"], first["kind"]) == ("labels in doubt", "relabel")
