@@ -17,23 +17,29 @@ let handsFree = false;
 
 // ---- recording
 
+async function recorder(rate) {
+  const context = new AudioContext(rate ? { sampleRate: rate } : {});
+  await context.audioWorklet.addModule("recorder.js");
+  return context;
+}
+
 async function openMicrophone() {
   if (!navigator.mediaDevices?.getUserMedia) throw new DOMException("", "InsecureContext");
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true, noiseSuppression: false, autoGainControl: true } });
-  let context;
+  let context = await recorder(16000);                              // before the microphone is open, so that no first word is lost
+  let stream;
   try {
+    stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: true, noiseSuppression: false, autoGainControl: true } });
     try {
-      context = new AudioContext({ sampleRate: 16000 });
       context.createMediaStreamSource(stream);                      // some browsers refuse another rate than the microphone's
     } catch {
-      await context?.close();
-      context = new AudioContext();
+      await context.close();
+      context = await recorder();
     }
-    await context.audioWorklet.addModule("recorder.js");
     await context.resume();
     return { stream, context };
   } catch (e) {
-    stream.getTracks().forEach((t) => t.stop());
+    stream?.getTracks().forEach((t) => t.stop());
+    if (context.state !== "closed") context.close();
     throw e;
   }
 }
