@@ -1,4 +1,4 @@
-"""Keywords given with a request, on names that no training has heard: WER on the keywords' words and on the rest, with distractors. Into reports/benchmarks/keywords.json.
+"""Keywords given with a request, on names that no training has heard: WER on the keywords' words and on the rest, with distractors; time with the building of the keywords' tree, kept from request to request (`seconds_ratio`) or not (`_cold`). Into reports/benchmarks/keywords.json.
 
     python tests/bench_keywords.py [--seed 12] [--clips 200]      # seed 11 is for choosing
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from voicelab.audio import read_audio
 from voicelab.core import git_commit, package_path, utc_now, write_json
-from voicelab.decode import Keywords, decode
+from voicelab.decode import Keywords, _tree, decode
 from voicelab.evaluate import align
 from voicelab.export import export_bundle
 from voicelab.model import load_model
@@ -26,6 +26,19 @@ def split_errors(ref, hyp, words):
         side = 0 if (r or h) in words else 1
         out[side] += (op != "=", op != "ins")
     return out
+
+
+def recognise(probabilities, clips, fusion, given, how):
+    "Each clip as a request of its own that brings its list: texts, CPU seconds when no tree is kept between two clips, and when it is."
+    took = {}
+    for kept in (False, True):
+        start = time.process_time()
+        hyps = []
+        for lp, c in zip(probabilities, clips):
+            if not kept: _tree.cache_clear()
+            hyps.append(decode(lp, len(c) / 16000, fusion=fusion, keywords=Keywords(given, **how) if given else None)["text"])
+        took[kept] = time.process_time() - start
+    return hyps, took[False], took[True]
 
 
 def main():
@@ -47,16 +60,14 @@ def main():
     for n in (0, 100, 1000):
         for bonus in a.bonus or [None]:
             given = rng.permutation([*names, *rng.choice(others, n - len(names), replace=False)]).tolist() if n else []
-            keywords = Keywords(given, **({} if bonus is None else dict(bonus=bonus))) if n else None
-            start = time.process_time()
-            hyps = [decode(lp, len(c) / 16000, fusion=r.fusion, keywords=keywords)["text"] for lp, c in zip(probabilities, clips)]
-            seconds = time.process_time() - start
+            hyps, cold, warm = recognise(probabilities, clips, r.fusion, given, {} if bonus is None else dict(bonus=bonus))
             errors = np.array([split_errors(t, h, words) for t, h in zip(df.text, hyps)])                   # (clips, side, errors and words)
             (b, bn), (u, un) = errors[said].sum(0).tolist()
             none, total = errors[~said].sum((0, 1)).tolist()
-            first = first or seconds
+            first = first or warm
             row = dict(wer=round(100 * (b + u) / (bn + un), 2), b_wer=round(100 * b / bn, 2), u_wer=round(100 * u / un, 2), b_words=bn, u_words=un,
-                       wer_where_none_is_said=round(100 * none / total, 2), words_there=total, seconds_ratio=round(seconds / first, 2))
+                       wer_where_none_is_said=round(100 * none / total, 2), words_there=total, clip_ms=round(1000 * warm / len(clips), 2), clip_ms_cold=round(1000 * cold / len(clips), 2),
+                       seconds_ratio=round(warm / first, 2), seconds_ratio_cold=round(cold / first, 2))
             result[f"{n} keywords" + ("" if bonus is None or not n else f", bonus {bonus:g}")] = row
             print(n, bonus, row, flush=True)
             if not n: break

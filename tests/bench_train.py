@@ -1,21 +1,26 @@
-"""The training step: Lightning against a bare PyTorch loop with the same model and data, waiting for data, use of the machine's matrix multiply. Into reports/benchmarks/train.json.
+"""The training step: Lightning against a bare PyTorch loop with the same model and data, waiting for data, what augmentation costs, use of the machine's matrix multiply. Into reports/benchmarks/train.json.
 
-Rounds of one epoch over AN4's training speakers, Lightning and bare loop in turn, each from the same weights; compared within a round.
+Rounds of one epoch over AN4's training speakers, each from the same weights; compared within a round. Every clock starts when the first step is over: workers that start and a first batch that nobody could
+prepare belong to no step. `augment_share`: how much longer an epoch takes with the default policy than with clips as they are; `noise_share`: with the policy against noise; `_a_frame`: the same, had the silence and
+the tempo of the policies not made the clips longer.
 """
 import argparse, os, platform, sys, tempfile, time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from voicelab.augment import Augment
 from voicelab.core import git_commit, setting, utc_now, write_json
+from voicelab.errors import remedy
 from voicelab.importers import import_corpus
 from voicelab.loader import Clips, loader
 from voicelab.model import CTCModel, ModelConfig
 from voicelab.train import Recipe, TrainConfig, _fit, fastest
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "train.json"
+POLICIES = dict(none=None, default=Augment(), noise=Augment(**remedy("noise = loud")))
 
 
 def work(model, frames):
@@ -35,50 +40,76 @@ def peak(dtype, n=1024, repeats=20):
 
 
 def bare(model, cfg, data):
-    "The same steps without Lightning: seconds, seconds of waiting for data, output frames."
+    "The same steps without Lightning, timed from the end of the first one: seconds, seconds of waiting for data, output frames."
     recipe = Recipe(model, cfg).train()
-    opt, wait, frames = torch.optim.AdamW(recipe.parameters(), cfg.lr, weight_decay=cfg.weight_decay), 0.0, 0
-    start = asked = time.perf_counter()
+    opt, wait, frames, start = torch.optim.AdamW(recipe.parameters(), cfg.lr, weight_decay=cfg.weight_decay), 0.0, 0, None
     for b in data:
-        wait += time.perf_counter() - asked
+        if start is not None:
+            wait += time.perf_counter() - asked
+            frames += int(b["x"].shape[0] * b["x"].shape[1] / cfg.stride)
         with torch.autocast("cpu", torch.bfloat16, enabled=fastest(cfg.precision) == "bf16-mixed"): loss = recipe.loss(b)[0]
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(recipe.parameters(), cfg.clip_norm)
         opt.step()
-        frames += int(b["x"].shape[0] * b["x"].shape[1] / cfg.stride)
         asked = time.perf_counter()
-    return time.perf_counter() - start, wait, frames
+        if start is None: start = asked
+    return asked - start, wait, frames
+
+
+class Clocked(Recipe):
+    "Notes when each step is over."
+    ends = []
+    def on_train_batch_end(self, *args): Clocked.ends.append(time.perf_counter())
+
+
+def lightning(model, cfg, data, rows):
+    "Seconds of Lightning's steps, from the end of the first one."
+    Clocked.ends = []
+    with tempfile.TemporaryDirectory() as tmp, mock.patch("voicelab.train.Recipe", Clocked):
+        (Path(tmp) / "checkpoints").mkdir()
+        _fit(model, cfg, Path(tmp), data, None, rows, rows.head(0), False)
+    return Clocked.ends[-1] - Clocked.ends[0]
+
+
+def measured(n, rows, cfg, ops):
+    "One round: a row of the table. Every second round the other way round, for the machine may tire."
+    def fresh(policy):
+        torch.manual_seed(n)
+        return CTCModel(ModelConfig(stride=4)), cfg, loader(Clips(rows, policy, cfg.masks, cfg.noise_only, n, 4), cfg.batch_seconds, workers=1)
+    def worked():
+        model, *rest = fresh(POLICIES["default"])
+        return model, *bare(model, *rest)
+    runs = dict(lightning=lambda: lightning(*fresh(POLICIES["default"]), rows), default=worked, **{k: lambda p=p: bare(*fresh(p)) for k, p in POLICIES.items() if k != "default"})
+    got = {k: runs[k]() for k in (list(runs) if n % 2 else list(runs)[::-1])}
+    model, seconds, wait, frames = got["default"]
+    plain, _, plain_frames = got["none"]
+    noisy, _, noisy_frames = got["noise"]
+    return dict(round=n, lightning_s=round(got["lightning"], 2), bare_s=round(seconds, 2), plain_s=round(plain, 2), noise_s=round(noisy, 2), overhead=round(got["lightning"] / seconds - 1, 4), waiting=round(wait / seconds, 4),
+                augment_share=round(seconds / plain - 1, 4), augment_share_a_frame=round(seconds / plain * plain_frames / frames - 1, 4), noise_share=round(noisy / plain - 1, 4), noise_share_a_frame=round(noisy / plain * plain_frames / noisy_frames - 1, 4),
+                utilisation=round(work(model, frames) / seconds / ops, 4))
+
+
+KEYS = "overhead waiting augment_share augment_share_a_frame noise_share noise_share_a_frame utilisation".split()
 
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--rounds", type=int, default=4)
+    p.add_argument("--clips", type=int, help="so many only, to see whether all of it runs")
     a = p.parse_args()
     torch.set_num_threads(setting("THREADS"))
-    rows = import_corpus("an4").query("split == 'train'").reset_index(drop=True)
-    cfg = TrainConfig(epochs=1, batch_seconds=40, stride=4, average=1, check_every=1, workers=1, augment=dict(room=0., phone=0.))
+    rows = import_corpus("an4").query("split == 'train'").head(a.clips or 10**9).reset_index(drop=True)
+    cfg = TrainConfig(epochs=1, batch_seconds=40, stride=4, average=1, check_every=1, workers=1)
     table, ops = [], peak(torch.bfloat16 if fastest(cfg.precision) == "bf16-mixed" else torch.float32)
     for n in range(a.rounds + 1):
-        def fresh():
-            torch.manual_seed(n)
-            return CTCModel(ModelConfig(stride=4)), loader(Clips(rows, Augment(**cfg.augment), cfg.masks, cfg.noise_only, n, 4), cfg.batch_seconds, workers=1)
-        def lightning():
-            with tempfile.TemporaryDirectory() as tmp:
-                (Path(tmp) / "checkpoints").mkdir()
-                model, data = fresh()
-                return _fit(model, cfg, Path(tmp), data, rows.head(0), False)[1].curve[0]["seconds"]
-        def loop():
-            model, data = fresh()
-            return model, *bare(model, cfg, data)
-        got = {f.__name__: f() for f in ((lightning, loop) if n % 2 else (loop, lightning))}
-        model, seconds, wait, frames = got["loop"]
-        row = dict(round=n, lightning_s=got["lightning"], bare_s=round(seconds, 2), overhead=round(got["lightning"] / seconds - 1, 4), waiting=round(wait / seconds, 4), utilisation=round(work(model, frames) / seconds / ops, 4))
+        row = measured(n, rows, cfg, ops)
         print(row, flush=True)
         if n: table.append(row)                                        # the first round warms up
-    median = {k: float(np.median([r[k] for r in table])) for k in ("overhead", "waiting", "utilisation")}
+    median = {k: float(np.median([r[k] for r in table])) for k in KEYS}
     print(median)
-    write_json(OUT, dict(median=median, rounds=table, peak_gflops=round(ops / 1e9), precision=fastest(cfg.precision), commit=git_commit(), date=utc_now(),
+    if a.clips: return
+    write_json(OUT, dict(median, rounds=table, peak_gflops=round(ops / 1e9), precision=fastest(cfg.precision), commit=git_commit(), date=utc_now(),
                          measured_by=f"python {' '.join(['tests/bench_train.py', *sys.argv[1:]])}", machine=f"{platform.machine()}, {os.cpu_count()} cores"))
 
 

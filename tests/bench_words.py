@@ -3,7 +3,7 @@
     python tests/bench_words.py [--seed 1] [--strings 200] [--only times confidence]
 
 The base model as it ships. FSDD's recordings are trimmed to the digit, so that where each was laid down is when it was said; its speakers are in no training.
-Confidence is fitted to dev voices of the default corpus and AN4's dev speakers and measured on other people: the corpus's test voices, and AN4's dev speakers out of fold.
+Confidence is fitted to dev voices of the default corpus and AN4's dev speakers and measured on other people, for words and for whole clips: the corpus's test voices, and AN4's dev speakers out of fold.
 """
 import argparse, os, platform, sys, tempfile
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from voicelab.audio import read_audio
-from voicelab.confidence import both_ways, calibrate, crossed, merits, plot_calibration
+from voicelab.confidence import both_ways, calibrate, crossed, merits, plot_calibration, utterances
 from voicelab.core import git_commit, home, package_path, read_json, utc_now, write_json
 from voicelab.evaluate import align, counts
 from voicelab.export import export_bundle
@@ -73,7 +73,9 @@ def confidence(a, bundle):
     people = both_ways(Recognizer(bundle), an4, noisy=noisy)
     plot_calibration(test).savefig(OUT / "confidence.png")
     show = lambda t: merits(t).round(4).to_dict("records")
-    return dict(weights=made["confidence"], test_voices=show(test), test_voices_before=show(raw), an4_dev_out_of_fold=show(people.assign(sure=crossed(people))))
+    folds, whole = people.assign(sure=crossed(people)), lambda t: merits(utterances(t)).rename(columns=dict(words="clips")).round(4).to_dict("records")
+    return dict(weights=made["confidence"], test_voices=show(test), test_voices_before=show(raw), an4_dev_out_of_fold=show(folds),
+                utterances=dict(test_voices=whole(test), test_voices_before=whole(raw), an4_dev_out_of_fold=whole(folds)))          # right: not one error in the clip
 
 
 def main():

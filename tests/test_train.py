@@ -1,8 +1,9 @@
 """Trainings as a user meets them: one that is killed goes on to the same weights; a pretrained encoder goes the way of our own model."""
-import json, os, signal, subprocess, sys
+import json, os, shutil, signal, struct, subprocess, sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from voicelab.audio import write_wav
@@ -75,3 +76,69 @@ def test_pretrained_weights_that_cannot_be_fetched(tmp_path):
                           env=dict(os.environ, https_proxy="http://127.0.0.1:9", TORCH_HOME=str(tmp_path / "torch"), VOICELAB_HOME=str(tmp_path / "home")), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "cannot fetch the weights of WAV2VEC2_BASE" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_train_refuses_bad_rows_by_id(tmp_path):
+    "`voicelab train` names the rows that verification calls errors before the first step, and trains without them only when told to."
+    manifest = tones(tmp_path)
+    (tmp_path / "3.wav").write_bytes((tmp_path / "3.wav").read_bytes()[:30])
+    shutil.copy(tmp_path / "5.wav", tmp_path / "7.wav")                       # the sound of 5 under the text of 7, in another split
+    rows = [json.loads(l) | (dict(split="dev") if i == 7 else dict(text="привет") if i == 9 else {}) for i, l in enumerate(manifest.read_text().splitlines())]
+    manifest.write_text("".join(json.dumps(r | dict(speaker="d" if r["split"] == "dev" else "s")) + "\n" for r in rows))
+    def call(*more): return subprocess.run([Path(sys.executable).parent / "voicelab", "train", "--manifest", manifest, "--out", tmp_path / "run", *more, *"-p epochs=1 -p batch_seconds=8 -p dim=24 -p layers=1 -p average=1 -p workers=0".split()],
+                                           env=dict(os.environ, VOICELAB_HOME=str(tmp_path / "home")), capture_output=True, text=True, timeout=300)
+    done = call()
+    assert done.returncode == 2 and done.stderr.startswith("error: 3 of 24 rows are bad") and done.stderr.count("\n") == 1, done.stderr
+    assert all(s in done.stderr for s in ("3: unreadable", "7: duplicate_audio", "9: unknown_characters", "--skip-bad")) and not (tmp_path / "run").exists(), done.stderr
+    done = call("--skip-bad", "--json")
+    assert done.returncode == 0 and "left out: 3 of 24 rows" in done.stderr, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["clips"] == 21
+
+
+def wandb_records(path):
+    "The records of an offline run: protobufs in the blocks of a LevelDB log, behind a header of 7 bytes."
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7: at += 32768 - at % 32768; continue           # the padding of a block
+        _, n, kind = struct.unpack("<IHB", data[at:at + 7])
+        if not kind: at += 32768 - at % 32768; continue
+        part, at = part + data[at + 7:at + 7 + n], at + 7 + n
+        if kind in (1, 4):                                                      # the whole, or its last part
+            yield Record.FromString(part)
+            part = b""
+
+
+def test_wandb_mirrors_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
+    "The offline run's own files hold configuration, curve, learning rate, and transcripts, sound and spectrogram of the panel; a training that is interrupted goes on in the same W&B run."
+    from voicelab.train import Keeper
+    monkeypatch.setenv("VOICELAB_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for key in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"): monkeypatch.setenv(key, str(tmp_path / "home" / "wandb"))
+    table = read_manifest(tones(tmp_path)).assign(split=["train"] * 20 + ["dev"] * 4)
+    cfg = TrainConfig(epochs=3, batch_seconds=8, dim=24, layers=1, average=1, check_every=1, workers=0, noise_only=0., augment=dict(room=0., phone=0.))
+    real = Keeper.on_train_epoch_end
+    def stop(self, trainer, module):
+        real(self, trainer, module)
+        if trainer.current_epoch == 1: raise KeyError("the power is gone")
+    monkeypatch.setattr(Keeper, "on_train_epoch_end", stop)
+    with pytest.raises(KeyError): train(table, tmp_path / "run", cfg)
+    monkeypatch.setattr(Keeper, "on_train_epoch_end", real)
+    train(table, tmp_path / "run", cfg)
+    name = json.loads((tmp_path / "run" / "run.json").read_text())["wandb"]
+    files = sorted((tmp_path / "home" / "wandb").rglob("*.wandb"))
+    assert len(files) == 2 and {f.name for f in files} == {f"run-{name}.wandb"}, files
+    records = [r for f in files for r in wandb_records(f)]
+    config = {u.key or ".".join(u.nested_key): json.loads(u.value_json) for r in records for u in [*r.run.config.update, *r.config.update]}
+    assert config["lr"] == cfg.lr and config["dim"] == 24, config
+    history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in records if r.HasField("history")]
+    for key in ("train/loss", "dev/loss", "dev/wer", "train/lr", "audio_seconds_per_second"): assert len([h for h in history if key in h]) == 3, (key, history)
+    panels = [h["panel"] for h in history if "panel" in h]
+    assert len(panels) == 3
+    held = [json.loads(p.read_text()) for f in files for p in (f.parent / "files" / "media" / "table").rglob("*.json")]
+    assert all(set(t["columns"]) >= {"said", "heard"} for t in held) and all({row[0] for row in t["data"]} == set(table.text[20:]) for t in held)
+    first = next(t for t in held if "sound" in t["columns"])
+    for row in first["data"]:
+        for column, ending in (("sound", ".wav"), ("spectrogram", ".png")):
+            medium = row[first["columns"].index(column)]["path"]
+            assert medium.endswith(ending) and any((f.parent / "files" / medium).stat().st_size > 500 for f in files if (f.parent / "files" / medium).is_file()), medium

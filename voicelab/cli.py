@@ -158,11 +158,26 @@ def _train_config(parameters):
     if bad := [k for k in given if k not in known]: raise InputError(f"training has no parameter {bad[0]!r}; it has {', '.join(known)}")
     return TrainConfig(**{k: _typed(k, v, getattr(default, k)) for k, v in given.items()})
 
+def _learnable(a):
+    "The manifest to train on: every row is checked, but for a dataset version, whose rows were when it was made."
+    from voicelab.manifest import list_versions
+    from voicelab.verify import quarantine, verify
+    table, versions = _manifest(a.manifest), list_versions()
+    if not Path(a.manifest).is_file() and len(versions) and a.manifest in set(versions["id"]): return table
+    problems = verify(table, shared_speakers=a.shared_speakers)
+    bad = [f"{r.utterance_id}: {r.problem}: {r.detail}" for r in problems[problems.severity == "error"].itertuples()]
+    if not bad: return table
+    kept, aside = quarantine(table, problems)
+    said = f"{len(aside)} of {len(table)} rows are bad: {'; '.join(bad[:10])}" + (f"; and {len(bad) - 10} findings more (voicelab data verify lists them)" if len(bad) > 10 else "")
+    if not a.skip_bad: raise InputError(f"{said}. Mend them, or go on without them: --skip-bad")
+    print(f"left out: {said}", file=sys.stderr)
+    return kept
+
 def cmd_train(a):
     "train from scratch or fine-tune"
     from voicelab.train import train
     cfg = _train_config(a.parameter)
-    _print(train(_manifest(a.manifest), a.out, cfg, init=a.init), a.json)
+    _print(train(_learnable(a), a.out, cfg, init=a.init), a.json)
 
 def cmd_runs_list(a):
     "the trainings so far: rates, size, time"
@@ -436,7 +451,7 @@ def make_parser() -> argparse.ArgumentParser:
             o("--init", help="folder of a model that has not learnt these labels; default: from scratch"), o("--top", type=int, default=50, help="labels to show"), o("--html", help="file to write: those labels, with players"), param)
     command("data curve", cmd_data_curve, o("manifest", help="manifest, dataset version or corpus, with splits train and dev"), o("--out", required=True, help="folder for the trainings, and curve.csv"), o("--target", type=float, required=True, help="word error rate to reach, in percent"),
             o("--shares", type=float, nargs="+", default=[.125, .25, .5, 1.], help="of the data, for one training each"), o("--init", help="folder of a model that has not heard these people; default: from scratch"), param)
-    command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), param)
+    command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--skip-bad", action="store_true", help="train without the rows that verification calls errors; default: refuse"), shared, param)
     command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), param)
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
     command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=["slice", "noise", "accent", "age"], help="tag to cut along"))

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'faintest', 'words_of', 'clip_figures', 'make_result',
-           'Keywords', 'Fusion', 'load_fusion', 'prefix_beam', 'align', 'agreement', 'log_odds', 'Confidence',
-           'witnesses', 'decode']
+           'keyword_text', 'Keywords', 'Fusion', 'load_fusion', 'prefix_beam', 'align', 'agreement', 'log_odds',
+           'Confidence', 'witnesses', 'decode']
 
 # %% ../nbs/24_decode.ipynb #c9cdf745
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import nlargest
 from math import exp, log1p
 from pathlib import Path
@@ -19,7 +21,7 @@ from rapidfuzz.distance import Levenshtein
 
 from .core import InputError
 from .lm import NGram, load_lm
-from .text import BLANK, TOKENS, WORD_START, decode_ids, encode, normalize
+from .text import BLANK, TOKENS, WORD_START, decode_ids, encode, normalize, unknown_characters
 
 # %% ../nbs/24_decode.ipynb #15512f1f
 FRAME = 0.03  # seconds from one output frame to the next, unless a model says otherwise: a 10 ms feature hop, a stride of 3
@@ -108,6 +110,38 @@ def make_result(
     return dict(text=" ".join(w["word"] for w in words), confidence=round(confidence, 4), words=words, duration=round(float(duration), 3),
                 **clip_figures(log_probs), logprobs=[dict(token=p, logprob=round(s.logprob, 4)) for p, s in zip(pieces, spans)])
 
+# %% ../nbs/24_decode.ipynb #1f7b02aa
+_SIGNS = set("#$*+<=>\\^|~")  # punctuation that is spoken, so that a keyword without it would be another one
+_PLAIN = re.compile(r"[a-z']*[a-z]( [a-z']*[a-z])*")  # what the normaliser leaves as it is
+
+def keyword_text(
+    word: str,  # as the caller wrote it
+) -> str:  # normalised
+    "A keyword in the letters of the units; raises `InputError` by name where it cannot be written in them."
+    if not isinstance(word, str): raise InputError(f"keyword {word!r} is no text; a keyword is a text of letters a-z, apostrophes and digits")
+    if _PLAIN.fullmatch(text := word.lower()): return text
+    if bad := unknown_characters(word) + "".join(dict.fromkeys(c for c in word if c in _SIGNS)): raise InputError(f"keyword {word!r} has {bad!r}, which cannot be heard as letters; a keyword is a text of letters a-z (accents are folded), apostrophes, digits and what parts words")
+    if not (text := normalize(word)): raise InputError(f"keyword {word!r} has no letters; a keyword is a text of letters a-z, apostrophes and digits")
+    return text
+
+# %% ../nbs/24_decode.ipynb #7de03c51
+_END = "end"  # in a node: a keyword ends here
+_POSSESSIVE = [TOKENS.index(c) for c in "'s"]
+_STARTS = {i for i, t in enumerate(TOKENS) if t.startswith(WORD_START)}
+
+@lru_cache(maxsize=8)
+def _tree(words: tuple) -> dict:
+    "Units of normalised words and of their possessives as nested dicts."
+    root = {}
+    for text in dict.fromkeys(map(keyword_text, words)):
+        node = root
+        for i in encode(text): node = node.setdefault(i, {})
+        node[_END] = True
+        if text.endswith("'s"): continue
+        for i in _POSSESSIVE: node = node.setdefault(i, {})
+        node[_END] = True
+    return root
+
 # %% ../nbs/24_decode.ipynb #573860d0
 class Keywords:
     "A prefix tree over the units of the words to listen for."
@@ -117,49 +151,39 @@ class Keywords:
         entry: float = 5.0,  # what is taken off the bonus of each keyword
     ):
         if isinstance(words, str): raise InputError(f"keywords is the text {words!r}; it must be a list of words")
-        self.bonus, self.entry, self.root = bonus, entry, {}
-        for w in words:
-            if not isinstance(w, str) or not normalize(w): raise InputError(f"keyword {w!r} has no letters; a keyword is a text of letters a-z, apostrophes and digits")
-            self._add(normalize(w))
-            if not normalize(w).endswith("'s"): self._add(normalize(w) + "'s")
-
-    def _add(self, text):
-        node = self.root
-        for i in encode(text): node = node.setdefault(i, {})
-        node["end"] = True
+        words = tuple(w if isinstance(w, str) else keyword_text(w) for w in words)
+        self.bonus, self.entry, self.root = bonus, entry, _tree(words)
 
     def _worth(self, depth): return max(depth*self.bonus - self.entry, 0.0)
 
     def start(self):
-        "State of an empty text: (tree node, units matched, bonus that is safe)."
-        return self.root, 0, 0.0
+        "State of an empty text: readings of (tree node, units matched, bonus that is safe), the last one begun last and with the most that is safe."
+        return (self.root, 0, 0.0),
 
     def step(self,
         state: tuple,  # as `start` gives it
         unit: int,  # the next unit
     ) -> tuple:
         "State after one more unit."
-        node, depth, safe = state
-        if TOKENS[unit].startswith(WORD_START):
-            if node.get(unit): return node[unit], depth + 1, safe     # a keyword of several words goes on
-            if "end" in node: safe += self._worth(depth)
-            return (self.root[unit], 1, safe) if unit in self.root else ({}, 0, safe)
-        return (node[unit], depth + 1, safe) if depth and unit in node else ({}, 0, safe)
+        onward = [(node[unit], depth + 1, safe) for node, depth, safe in state if depth and unit in node]
+        if unit in _STARTS:
+            safe = self.score(state, final=True)
+            return *onward, (self.root[unit], 1, safe) if unit in self.root else ({}, 0, safe)
+        safe = state[-1][2]
+        return tuple(onward) if onward and onward[-1][2] == safe else (*onward, ({}, 0, safe))
 
     def score(self,
         state: tuple,  # as `step` gives it
-        final: bool = False,  # is the clip over?
+        final: bool = False,  # is the clip, or the word, over?
     ) -> float:
         "Bonus of a state; at the end of the clip an unfinished keyword is worth nothing."
-        node, depth, safe = state
-        return safe + (self._worth(depth) if not final or "end" in node else 0.0)
+        return max(safe + (self._worth(depth) if not final or _END in node else 0.0) for node, depth, safe in state)
 
     def expected(self,
         state: tuple,  # as `step` gives it
     ) -> list:  # of units
         "What would continue a keyword that has begun."
-        node, depth, _ = state
-        return [u for u in node if u != "end"] if depth else []
+        return [u for node, depth, _ in state if depth for u in node if u != _END]
 
 # %% ../nbs/24_decode.ipynb #bedc2ff9
 @dataclass

@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'TrainConfig', 'fastest', 'rate', 'only_blank', 'disagreemen
            'Cutter', 'wandb_logger', 'by_heart', 'Panel', 'train', 'list_runs']
 
 # %% ../nbs/26_train.ipynb #d21d8824
-import copy, json, logging, os, time, warnings
+import copy, json, logging, os, secrets, time, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .decode import Fusion, align, greedy, word_spans
 from .evaluate import TorchRecognizer, error_table, evaluate
 from .features import fbank
 from .lm import adapt_lm, load_lm, save_lm
-from .loader import Clips, Splicer, loader, quietest
+from .loader import Clips, Splicer, all_rows, loader, quietest, row_names
 from .model import CTCModel, ModelConfig, base_dir, load_model, new_model, save_model, valid
 from .synth import phonemes
 from .text import decode_ids, encode
@@ -133,9 +133,10 @@ class Recipe(pl.LightningModule):
         model: CTCModel,
         cfg: TrainConfig,
         lexicon: tuple = None,  # of `pronunciations`, where phones are asked for
+        names: list = None,  # what to call each training clip in an error; by default its number
     ):
         super().__init__()
-        self.model, self.cfg, self.heard = model, cfg, 0.0
+        self.model, self.cfg, self.heard, self.names = model, cfg, 0.0, names
         self.refs, self.hyps = [], []
         self.lexicon, self.phones = lexicon and lexicon[0], torch.nn.Linear(model.head.in_features, lexicon[1] + 1) if lexicon else None
 
@@ -162,10 +163,15 @@ class Recipe(pl.LightningModule):
 
     def training_step(self, b, i):
         loss, _, _ = self.loss(b)
-        if not torch.isfinite(loss): raise InputError(f"the loss is {loss.item()} at step {self.global_step}, epoch {self.current_epoch}, clips {b['index'].tolist()[:8]}: lower lr ({self.cfg.lr}) or look at these clips")
+        if not torch.isfinite(loss): raise InputError(f"the loss is {loss.item()} at step {self.global_step}, epoch {self.current_epoch + 1}, clips {self.called(b['index'])}: lower lr ({self.cfg.lr:g}) or look at these clips")
         self.heard += b["x_lens"].sum().item() / 100
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(b["x_lens"]))
         return loss
+
+    def called(self, index, most=10):
+        "The clips of a batch by name, each once."
+        some = list(dict.fromkeys(index.tolist()))
+        return ", ".join(self.names[i] if self.names else str(i) for i in some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
 
     def validation_step(self, b, i):
         loss, lp, lens = self.loss(b)
@@ -221,7 +227,7 @@ class Keeper(pl.Callback):
         left = seconds * (self.cfg.epochs - epoch - 1)
         dev = f" dev WER {row['dev_wer']:.1f} %" if looked and row["dev_wer"] is not None else ""
         print(f"epoch {epoch + 1}/{self.cfg.epochs}: loss {row['loss']:.3f}{dev}, {row['speed']} audio s/s, {left / 60:.1f} min left", flush=True)
-        if module.logger: module.logger.log_metrics(dict(audio_seconds_per_second=row["speed"]), step=trainer.global_step)
+        if module.logger: module.logger.log_metrics({"audio_seconds_per_second": row["speed"], "train/lr": trainer.optimizers[0].param_groups[0]["lr"]}, step=trainer.global_step)
         trainer.save_checkpoint(self.out/"checkpoints"/"last.ckpt.tmp")
         os.replace(self.out/"checkpoints"/"last.ckpt.tmp", self.out/"checkpoints"/"last.ckpt")
         if self.watch: self.watch(row)
@@ -253,13 +259,14 @@ class Cutter(pl.Callback):
 def wandb_logger(
     name: str,  # name of the run
     config: dict,  # what to store beside it
+    id: str = None,  # of the W&B run, where it is one that goes on; by default a new one
 ):
     "A W&B logger: online when WANDB_API_KEY is set, offline otherwise; everything below HOME."
     folder = home("wandb", "x").parent
     for key in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"): os.environ.setdefault(key, str(folder.absolute()))
     os.environ.setdefault("WANDB_SILENT", "true")
     from pytorch_lightning.loggers import WandbLogger
-    return WandbLogger(project="voicelab", name=name, save_dir=str(folder), config=config, offline=not os.environ.get("WANDB_API_KEY"))
+    return WandbLogger(project="voicelab", name=name, save_dir=str(folder), config=config, offline=not os.environ.get("WANDB_API_KEY"), id=id, resume="allow" if id and os.environ.get("WANDB_API_KEY") else None)
 
 # %% ../nbs/26_train.ipynb #7c5cadc6
 _LONG = 20_000  # audio seconds from which a training is long
@@ -323,13 +330,17 @@ def _start(init, cfg):
     model.train()                      # Lightning leaves the mode as it is, and a loaded model is for listening
     return model, "base" if init == "base" else str(folder), "base" if init == "base" else read_json(folder/"config.json").get("language")
 
-def _prepare(out, cfg, init, rows):
-    "The run's folder; refuses one that holds another run."
+def _agreed(out, cfg, init, rows):
+    "What makes the run this one; refuses a folder that holds another run."
     mine = json.loads(json.dumps(dict(train=asdict(cfg), init=None if init is None else str(init), rows=rows)))
     if (out/"run.json").exists() and (old := {k: read_json(out/"run.json").get(k) for k in mine}) != mine:
         raise InputError(f"{out} holds a run with another configuration ({old}); give a new folder or remove it")
-    (out/"checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(out/"run.json", dict(mine, commit=git_commit(), torch=torch.__version__))
+    return mine
+
+def _clips(tr, dev, cfg, model):
+    "What is learnt from and what is looked at (None without dev); raises one `BadRows` that names the bad rows of both."
+    heard = dict(stride=model.cfg.stride, features=model.cfg.features, policy=model.cfg.policy)
+    return all_rows(lambda: Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, plain=cfg.plain, **heard), lambda: Clips(dev, **heard) if len(dev) else None)
 
 def _rows(table, cfg):
     "Training rows, those of a `source` as often as the configuration asks."
@@ -349,16 +360,20 @@ def train(
     tr, dev = _rows(table[table.split == "train"], cfg), table[table.split == "dev"].reset_index(drop=True)
     if cfg.splice and "speaker" not in table: raise InputError(f"splice is {cfg.splice}, but the manifest has no column speaker; endings are exchanged between clips of one person")
     if not len(tr): raise InputError(f"the manifest has no rows with split 'train'; its splits are {sorted(table.split.unique())}")
-    _prepare(out, cfg, init, len(tr))
+    mine = _agreed(out, cfg, init, len(tr))
     if (out/"metrics.json").exists(): return read_json(out/"metrics.json")
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_num_threads(setting("THREADS"))
     model, parent, language = _start(init, cfg)
     if cfg.phones and (model.cfg.encoder or model.cfg.layers < 2): raise InputError(f"phones is {cfg.phones} with {f'encoder {model.cfg.encoder}' if model.cfg.encoder else f'{model.cfg.layers} layers'}; it needs our own model, of two layers or more")
+    clips, looks = _clips(tr, dev, cfg, model)
+    known = read_json(out/"run.json") if (out/"run.json").is_file() else {}
+    (out/"checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(out/"run.json", dict(mine, commit=git_commit(), torch=torch.__version__, wandb=known.get("wandb") or secrets.token_hex(4)))
     if cfg.epochs * tr.duration.sum() > _LONG and not (out/"checkpoints"/"last.ckpt").exists(): print("learnt six clips by heart in {steps} steps".format(**by_heart(model, cfg, tr)), flush=True)
-    data = loader(Clips(tr, Augment(**cfg.augment), 0.0 if model.cfg.encoder else cfg.masks, cfg.noise_only, cfg.seed, model.cfg.stride, cfg.plain, model.cfg.features, model.cfg.policy), cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
+    data = loader(clips, cfg.batch_seconds, workers=cfg.workers, short_first=init is None, views=2 if cfg.consistency else 1)
     if cfg.splice: data.dataset.splicer = Splicer([t.split() for t in tr.text], out/"cuts.json", tr.speaker.fillna(""), cfg.splice, cfg.splice_from)
-    seconds, keeper = _fit(model, cfg, out, data, tr, dev, log, watch)
+    seconds, keeper = _fit(model, cfg, out, data, looks, tr, dev, log, watch)
     model.load_state_dict(keeper.averaged())
     lm = adapt_lm(load_lm(base_dir()/"lm.npz") if language else None, tr.drop_duplicates("audio_filepath").text)
     metrics = _measure(model, Fusion(lm), tr, dev) | dict(seconds=seconds, audio_seconds_per_second=float(np.median([r["speed"] for r in keeper.curve])),
@@ -369,20 +384,19 @@ def train(
     return metrics
 
 # %% ../nbs/26_train.ipynb #cc6246f1
-def _fit(model, cfg, out, data, tr, dev, log, watch=None):
+def _fit(model, cfg, out, data, looks, tr, dev, log, watch=None):
     "Run Lightning's loop, from the last checkpoint when there is one; returns seconds and the keeper."
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"): logging.getLogger(name).setLevel(logging.WARNING)
     keeper = Keeper(out, cfg, watch)
-    logger = wandb_logger(out.name, asdict(cfg)) if log else False
+    logger = wandb_logger(out.name, asdict(cfg), read_json(out/"run.json").get("wandb") if (out/"run.json").is_file() else None) if log else False
     trainer = pl.Trainer(max_epochs=cfg.epochs, accelerator="auto", devices=1, precision=fastest(cfg.precision), logger=logger, callbacks=[*([Cutter(cfg, data.dataset)] if cfg.splice else []), keeper, Panel(dev)],
         gradient_clip_val=cfg.clip_norm, check_val_every_n_epoch=cfg.check_every, num_sanity_val_steps=0, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=10, default_root_dir=str(out))
     last = out/"checkpoints"/"last.ckpt"
     if last.exists(): data.batch_sampler.set_epoch(torch.load(last, map_location="cpu", weights_only=False)["epoch"] + 1)  # Lightning asks for batches before it says which epoch
-    looks = loader(Clips(dev, stride=model.cfg.stride, features=model.cfg.features, policy=model.cfg.policy), 120, shuffle=False) if len(dev) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: trainer.fit(Recipe(model, cfg, pronunciations(tr.text) if cfg.phones else None), data, looks, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+        try: trainer.fit(Recipe(model, cfg, pronunciations(tr.text) if cfg.phones else None, row_names(tr)), data, looks and loader(looks, 120, shuffle=False), ckpt_path=str(last) if last.exists() else None, weights_only=False)
         finally:
             if log:
                 import wandb
