@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'FORECAST', 'noise_evidence', 'noise_verdict', 'roughness', 'other_readings', 'reading_evidence',
            'voice_band', 'fingerprint', 'waveform_match', 'near_duplicates', 'inspect', 'syllables', 'octaves_off',
-           'rate_verdict', 'verify', 'stop_on_errors', 'quarantine', 'shared_texts', 'card', 'corpus_verdict',
-           'coverage', 'plot_durations', 'plot_levels', 'plot_problems']
+           'rate_verdict', 'verify', 'stop_on_errors', 'quarantine', 'worst_rows', 'problems_html', 'shared_texts',
+           'card', 'corpus_verdict', 'coverage', 'plot_durations', 'plot_levels', 'plot_problems']
 
 # %% ../nbs/13_verify.ipynb #9822ef3f
+import base64
 import io
 import re
 from functools import lru_cache
+from html import escape
 
 import numpy as np
 import pandas as pd
 import soundfile as sf
 from joblib import Parallel, delayed
 
-from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio
+from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio, wav_bytes
 from .core import InputError, progress, setting, sha256_bytes
 from .text import encode, min_frames, normalize, unknown_characters
 
@@ -369,12 +371,57 @@ def stop_on_errors(
 def quarantine(
     df: pd.DataFrame,        # the manifest that was verified
     problems: pd.DataFrame,  # from `verify`
+    judged=None,             # splits that judge: warnings of all others go aside too; None: only errors do
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # kept; quarantined with columns problem and detail
-    "Split a manifest into rows without errors and the others; together they are all of it."
-    bad = problems[problems.severity == "error"].groupby("row")[["problem", "detail"]].agg("; ".join)
+    "Split a manifest into rows to keep and rows to set aside; together they are all of it."
+    out = problems.severity == "error"
+    if judged is not None: out |= ~df.split.reset_index(drop=True).reindex(problems.row).isin(judged).to_numpy() & (problems.problem != "speaker_in_two_splits")
+    bad = problems[out].groupby("row")[["problem", "detail"]].agg("; ".join)
     hit = np.isin(np.arange(len(df)), bad.index)
     aside = df[hit].assign(problem=bad.problem.to_numpy(), detail=bad.detail.to_numpy())
     return df[~hit].reset_index(drop=True), aside.reset_index(drop=True)
+
+# %% ../nbs/13_verify.ipynb #4435af2c
+_WORST = dict(silent="loudness_db", noise_not_speech="spread", wrong_encoding="reading_ratio", narrow_band="drop_db", clipped="-clipped_share")   # what tells how bad a row is: the smallest is the worst
+
+def worst_rows(
+    problems: pd.DataFrame,  # from `verify`
+    table: pd.DataFrame,     # from `inspect`
+    each: int = 3,           # rows of each kind
+) -> pd.DataFrame:           # rows of `problems`, with `of`: how many rows have this problem
+    "The worst rows of each problem, errors first, then the most frequent."
+    measure = lambda r: table[_WORST[r.problem].lstrip("-")].iloc[r.row] * (-1 if _WORST[r.problem][0] == "-" else 1) if r.problem in _WORST else 0.
+    t = problems.assign(of=problems.groupby("problem").row.transform("nunique"), measure=[measure(r) for r in problems.itertuples()])
+    return t.sort_values(["severity", "of", "problem", "measure"], ascending=[True, False, True, True], kind="stable").groupby(["severity", "problem"], sort=False).head(each).drop(columns="measure").reset_index(drop=True)
+
+def _shape_svg(samples: np.ndarray, width: int = 160, height: int = 36) -> str:
+    "The outline of a clip as a small picture."
+    parts, half = np.array_split(np.asarray(samples), min(width, len(samples))), height / 2
+    at = [f"{i},{half - half * v:.1f}" for i, v in [*enumerate(p.max() for p in parts), *reversed([*enumerate(p.min() for p in parts)])]]
+    return f"<svg width='{width}' height='{height}' style='background:#eee'><polygon points='{' '.join(at)}' fill='#247' stroke='#247' stroke-width='.5'/></svg>"
+
+def _sound_cells(path: str, players: bool) -> list:
+    "Picture and, if wanted, player of a file that may not be readable."
+    try: x = read_audio(path)
+    except (AudioError, OSError): return ["cannot be read"] + [""] * players
+    sound = f"<audio controls preload='none' style='height:24px' src='data:audio/wav;base64,{base64.b64encode(wav_bytes(x)).decode()}'></audio>" if players else ""
+    return [_shape_svg(x)] + [sound] * players
+
+def problems_html(
+    df: pd.DataFrame,        # the manifest that was verified
+    problems: pd.DataFrame,  # from `verify`
+    table: pd.DataFrame,     # from `inspect`
+    players: bool = False,   # put the audio into the page (never commit it)
+    each: int = 3,           # rows of each kind
+) -> str:
+    "The worst rows of each problem as an HTML table: what is wrong, the label, the shape of the sound."
+    heads = ["problem", "row", "what is wrong", "label", "sound"] + ["listen"] * players
+    lines, texts = ["".join(f"<th style='text-align:left'>{h}</th>" for h in heads)], df.text.tolist() if "text" in df else [""] * len(df)
+    for r in worst_rows(problems, table, each).itertuples():
+        colour = "#b00" if r.severity == "error" else "#a60"
+        cells = [f"<b style='color:{colour}'>{r.problem}</b><br>{r.severity}, {r.of} rows", escape(r.utterance_id), escape(r.detail), escape(str(texts[r.row])), *_sound_cells(r.audio_filepath, players)]
+        lines.append("".join(f"<td style='text-align:left'>{c}</td>" for c in cells))
+    return f"<table>{''.join(f'<tr>{l}</tr>' for l in lines)}</table>"
 
 # %% ../nbs/13_verify.ipynb #8d337a18
 _CARD_TAGS = ["slice", "noise", "age", "accent", "gender", "device", "region", "kind", "source", "licence"]
