@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voicelab.audio import write_wav
-from voicelab.core import read_json
+from voicelab.audio import toy_speech, write_wav
+from voicelab.core import read_json, read_jsonl
 from voicelab.evaluate import counts
 from voicelab.export import toy_tones
 from voicelab.importers import import_corpus
+from voicelab.manifest import load_version
 
 ROOT = Path(__file__).parent.parent
 VOICELAB = Path(sys.executable).parent / "voicelab"
@@ -106,6 +107,52 @@ def test_verify_says_no_with_exit_1(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(dict(audio_filepath="silent.wav", duration=1.0, text="hello", speaker="a", utterance_id="quiet-one")) + "\n")
     done = run("data", "verify", tmp_path / "m.jsonl", home=tmp_path)
     assert done.returncode == 1 and "quiet-one" in done.stdout and "silent" in done.stdout, done
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    "A manifest of eight good clips, one clipped a little in train and one in dev (warnings), and one silent (error)."
+    rows = []
+    for i, word in enumerate("yes no go stop left right up down one two three".split()):
+        x = toy_speech(1.5, seed=i, pitch=100 + 15 * i)
+        x = np.zeros(24000, np.float32) if i == 8 else np.minimum(x, np.quantile(x, .996)) if i > 8 else x
+        write_wav(tmp_path / f"{i}.wav", x)
+        rows.append(dict(audio_filepath=f"{i}.wav", duration=1.5, text=word, speaker=f"s{i}", split="dev" if i in (6, 7, 10) else "train", utterance_id=f"u{i}"))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path / "m.jsonl"
+
+
+def test_import_stops_on_errors_and_sets_warnings_aside(flawed, tmp_path, monkeypatch):
+    "By default an error stops and nothing is stored; with --on-error quarantine it goes aside; a warning goes aside, but not from a split that judges."
+    home = tmp_path / "home"
+    done = run("data", "import", flawed, home=home)
+    assert done.returncode == 2 and "error: 1 bad rows (silent 1); the first is row 8 (u8)" in done.stderr and done.stdout == "", done
+    assert not list(home.glob("data/*/version.json"))
+    done = run("data", "import", flawed, "--on-error", "quarantine", "--name", "mine", home=home)
+    assert done.returncode == 0, done.stderr
+    version, kept = done.stdout.strip(), home / "data" / done.stdout.strip()
+    assert f"set aside: 2 of 11 rows, listed in {kept / 'quarantined.jsonl'}" in done.stderr and "warning: u10: clipped" in done.stderr, done.stderr
+    aside = read_jsonl(kept / "quarantined.jsonl")
+    assert [(r["utterance_id"], r["problem"]) for r in aside] == [("u8", "silent"), ("u9", "clipped")] and all(Path(r["audio_filepath"]).is_file() and "text" not in r for r in aside)
+    assert [r["utterance_id"] for r in read_jsonl(kept / "manifest.jsonl")] == sorted(f"u{i}" for i in range(11) if i not in (8, 9))
+    assert read_json(kept / "version.json")["lineage"]["quarantined"] == 2
+    monkeypatch.setenv("VOICELAB_HOME", str(home))
+    assert len(load_version(version, check_audio=True)) == 9
+
+
+def test_a_corpus_of_which_nothing_is_left_is_not_stored(tmp_path):
+    write_wav(tmp_path / "0.wav", np.zeros(16000, np.float32))
+    (tmp_path / "m.jsonl").write_text(json.dumps(dict(audio_filepath="0.wav", duration=1.0, text="hello")) + "\n")
+    done = run("data", "import", tmp_path / "m.jsonl", "--on-error", "quarantine", home=tmp_path / "home")
+    assert done.returncode == 2 and "all 1 rows" in done.stderr and not list((tmp_path / "home").glob("data/*/version.json")), done
+
+
+def test_verify_writes_a_page_of_the_worst(flawed, tmp_path):
+    "The page shows the worst rows of each problem, each with a picture and a player."
+    done = run("data", "verify", flawed, "--html", tmp_path / "page.html", home=tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    assert done.returncode == 1 and page.count("<audio") == page.count("<svg") == 3 and "3 of 11 rows have problems" in page, done
+    assert page.index(">u8<") < page.index(">u9<")                        # errors first
 
 
 def test_consistency_names_what_is_written_in_two_ways(tmp_path):

@@ -67,3 +67,5 @@ def test_the_data_phase_names_bad_rows_and_stops_or_quarantines(tmp_path, bad_co
     assert set(df.split) == {"train", "dev", "test"} and not any("text" in t for t in traffic)
     assert not set(df.speaker) & {t["speaker"] for t in traffic}
     assert len(read_jsonl(result["outputs"]["truth"])) == len(traffic)
+    report = (tmp_path/"run/2_data.ipynb").read_text()
+    assert "<svg" in report and "<audio" not in report                      # the worst rows are shown; heard only with players=True

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SECONDS', 'MAX_SECONDS', 'MAX_BYTES', 'MIN_RATE', 'MAX_RATE', 'MAX_CHANNELS', 'LUFS_SILENT',
-           'AudioError', 'wav_bytes', 'write_wav', 'toy_speech', 'AudioReader', 'decode_audio', 'read_audio',
-           'speech_mask', 'audio_stats', 'k_biquads', 'k_filter', 'block_powers', 'lufs', 'gated_lufs', 'loudness',
-           'show_audio']
+           'AudioError', 'wav_bytes', 'write_wav', 'toy_speech', 'mono', 'AudioReader', 'decode_audio', 'read_file',
+           'read_audio', 'speech_mask', 'audio_stats', 'k_biquads', 'k_filter', 'block_powers', 'lufs', 'gated_lufs',
+           'loudness', 'show_audio']
 
 # %% ../nbs/11_audio.ipynb #7f1be5ea
+import contextlib
 import io
 import os
 import re
@@ -179,9 +180,30 @@ def _av_blocks(data: bytes, fmt: str, most: int):
         raise AudioError("unreadable", f"damaged {fmt} file ({why}); allowed: {_FORMATS}") from e
 
 # %% ../nbs/11_audio.ipynb #9148fc0d
-def _mono(block: np.ndarray) -> np.ndarray:
-    "(n, channels) → (n,), finite and within ±1."
-    x = block.mean(1, dtype=np.float32) if block.shape[1] > 1 else block[:, 0]
+def _live_channels(n: int, total: np.ndarray, cross: np.ndarray) -> tuple:
+    "From the number of samples, their sums (C,) and sums of products (C, C): weights (C,) of the mix; dict(dead, turned_over)."
+    cov = cross / n - np.outer(total, total) / n**2
+    level = np.sqrt(np.maximum(np.diag(cov), 0))
+    best = int(level.argmax())
+    dead = [c for c in range(len(level)) if level[c] <= max(level[best] * .01, 1e-7)]
+    live = [c for c in range(len(level)) if c not in dead] or [best]
+    turned = [c for c in live if c != best and cov[c, best] < -.8 * level[c] * level[best]]
+    weights = np.array([(c in live) * (-1. if c in turned else 1.) / len(live) for c in range(len(level))], np.float32)
+    return weights, dict(dead=dead, turned_over=turned)
+
+def mono(
+    block: np.ndarray,  # (n, channels)
+) -> tuple:             # samples (n,) float32; dict(channels, dead, turned_over): lists of channel numbers
+    "Mix the channels that live, turned the right way."
+    x = np.asarray(block, np.float32)
+    if x.ndim != 2 or 0 in x.shape: raise AudioError("bad_channels", f"an array of shape {x.shape}; (samples, channels) is wanted, at least one of each")
+    y = x.astype(np.float64)
+    weights, found = _live_channels(len(y), y.sum(0), y.T @ y)
+    return x @ weights, dict(channels=x.shape[1]) | found
+
+def _mono(block: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    "(n, channels) → (n,), finite and within ±1; the mean where no weights are given."
+    x = block[:, 0] if block.shape[1] == 1 else block.mean(1, dtype=np.float32) if weights is None else block @ weights
     if not np.isfinite(x).all(): raise AudioError("unreadable", "the samples hold NaN or infinity; allowed: numbers within ±1")
     return np.clip(x, -1, 1)
 
@@ -204,7 +226,8 @@ class AudioReader:
         _check_size(len(data), max_bytes)
         self.limit, self.over = MAX_SECONDS if max_seconds is None else max_seconds, False
         self.most, self.patience, self.worked = max_channels, patience, 0.
-        self.info = dict(format=_sniff(data), sample_rate=None, channels=0, duration=0.)   # of the original; the duration so far
+        self.info = dict(format=_sniff(data), sample_rate=None, channels=0, duration=0.)   # of the original; the duration so far; `dead`, `turned_over` where a channel is
+        self.weights = None       # of the channels, where their mean will not do
         self.pieces = self._pieces(data)
 
     def read(self,
@@ -224,12 +247,29 @@ class AudioReader:
             n += len(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
+    def _listen(self, blocks):
+        "Find the channels that live, over the whole file; yields no samples, so that patience is asked at every block."
+        n, total, cross = 0, 0., 0.
+        with contextlib.suppress(AudioError):                    # what is wrong with the file is said when it is read
+            for block, rate in blocks:
+                if n > self.limit * rate or block.shape[1] != self.info["channels"]: break
+                y = block.astype(np.float64)
+                n, total, cross = n + len(y), total + y.sum(0), cross + y.T @ y
+                yield np.zeros(0, np.float32)
+        if n == 0 or not np.isfinite(cross).all(): return
+        weights, found = _live_channels(n, total, cross)
+        if 0 < sum(map(len, found.values())) and len(found["dead"]) < len(weights):
+            self.weights = weights
+            self.info |= found
+
     def _pieces(self, data):
         "Blocks, resampled; the last is held back until the exact length is known."
         fmt, n, rate, stream, held, sent = self.info["format"], 0, None, None, np.zeros(0, np.float32), 0
-        for block, block_rate in (_sndfile_blocks if fmt in ("wav", "flac") else _av_blocks)(data, fmt, self.most):
+        blocks = _sndfile_blocks if fmt in ("wav", "flac") else _av_blocks
+        for block, block_rate in blocks(data, fmt, self.most):
             if rate is None:
                 rate, self.info["sample_rate"], self.info["channels"] = block_rate, block_rate, block.shape[1]
+                if block.shape[1] > 1: yield from self._listen(blocks(data, fmt, self.most))
                 if rate != SAMPLE_RATE: stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
             if (block_rate, block.shape[1]) != (rate, self.info["channels"]):
                 raise AudioError("unreadable", f"the {fmt} file changes its rate or channels midway; allowed: one of each")
@@ -238,7 +278,7 @@ class AudioReader:
             if n > self.limit * rate: raise AudioError("too_long", f"the clip is longer than {self.limit:g} s; at most {self.limit:g} s are allowed")
             yield held
             sent += len(held)
-            held = np.clip(stream.resample_chunk(_mono(block)), -1, 1) if stream else _mono(block)
+            held = np.clip(stream.resample_chunk(_mono(block, self.weights)), -1, 1) if stream else _mono(block, self.weights)
         if n == 0: raise AudioError("empty", f"the {fmt} file holds no samples; at least {MIN_SECONDS} s are needed")
         if n < MIN_SECONDS * rate: raise AudioError("too_short", f"the clip is {n / rate:.3f} s long; at least {MIN_SECONDS} s are needed")
         if stream: held = np.concatenate([held, np.clip(stream.resample_chunk(np.zeros(0, np.float32), last=True), -1, 1)])
@@ -258,17 +298,24 @@ def _fit(x: np.ndarray, n: int) -> np.ndarray:
     "Cut or pad the last sample or two that rounding in the resampler left."
     return x[:n] if len(x) >= n else np.pad(x, (0, n - len(x)))
 
+def read_file(
+    path: str | Path,                  # a file of any allowed format
+    max_seconds: float | None = None,  # longest clip allowed; None: 600 s
+) -> tuple[np.ndarray, dict]:          # as from `decode_audio`
+    "The samples of a file, and what it was; errors name it."
+    path = Path(path)
+    if not path.is_file(): raise AudioError("unreadable", f"{path} is no file; an audio file is wanted ({_FORMATS})")
+    try:
+        _check_size(path.stat().st_size, None)
+        return decode_audio(path.read_bytes(), max_seconds)
+    except AudioError as e: raise AudioError(e.code, f"{path}: {e}") from e
+
 def read_audio(
     path: str | Path,                  # a file of any allowed format
     max_seconds: float | None = None,  # longest clip allowed; None: 600 s
 ) -> np.ndarray:                       # (n,) float32 at 16 kHz
     "The samples of a file."
-    path = Path(path)
-    if not path.is_file(): raise AudioError("unreadable", f"{path} is no file; an audio file is wanted ({_FORMATS})")
-    try:
-        _check_size(path.stat().st_size, None)
-        return decode_audio(path.read_bytes(), max_seconds)[0]
-    except AudioError as e: raise AudioError(e.code, f"{path}: {e}") from e
+    return read_file(path, max_seconds)[0]
 
 # %% ../nbs/11_audio.ipynb #ed6f3c32
 _HOP = SAMPLE_RATE // 100   # 10 ms
@@ -321,13 +368,14 @@ def _pitch(
 # %% ../nbs/11_audio.ipynb #40d1c1bc
 def audio_stats(
     samples: np.ndarray,  # (n,) float32 at 16 kHz
+    pitch: tuple = None,  # from `_pitch`, when already computed
 ) -> dict:                # duration s, loudness_db, peak, clipped_share, dc, snr_db, speech_share, pitch_hz, voiced_share
     "A clip in nine numbers; pitch is 0 when nothing is voiced."
     x = np.asarray(samples, np.float32)
     if len(x) == 0: raise AudioError("empty", "0 samples; audio_stats needs some")
     db = _frame_db(x)
     mask = _mask(db)
-    pitch, strength = _pitch(x)
+    pitch, strength = _pitch(x) if pitch is None else pitch
     loud = mask[::2][:len(pitch)]          # the pitch frames step by 20 ms
     voiced = (strength[:len(loud)] > .6) & loud
     return dict(duration=len(x) / SAMPLE_RATE, loudness_db=float(10 * np.log10(np.mean(x * x) + 1e-10)), peak=float(np.abs(x).max()),
@@ -382,15 +430,24 @@ def k_filter(
     return np.fft.irfft(np.prod([np.polyval(b[::-1], z) / np.polyval(a[::-1], z) for b, a in k_biquads(rate)], axis=0), n)
 
 # %% ../nbs/11_audio.ipynb #fd0d70a5
+def _fast_size(n: int) -> int:
+    "The next length whose transform is fast: 4 to 7 times a power of 2."
+    step = max(1, 1 << n.bit_length() - 3)
+    return -(-n // step) * step
+
+@lru_cache(maxsize=16)
+def _k_spectrum(rate: int, n: int) -> np.ndarray: return np.fft.rfft(k_filter(rate), n)
+
 def block_powers(
     samples: np.ndarray,      # (n,) mono
     rate: int = SAMPLE_RATE,  # Hz
 ) -> np.ndarray:              # (B,) K-weighted mean square of blocks of 400 ms, one every 100 ms
     "Power of each block as BS.1770 weighs it; a clip below 400 ms is one block."
-    x, h = np.asarray(samples, np.float64), k_filter(rate)
+    x = np.asarray(samples, np.float64)
     if len(x) == 0: raise AudioError("empty", "0 samples; loudness needs some")
-    n = 1 << (len(x) + len(h) - 1).bit_length()
-    y = np.fft.irfft(np.fft.rfft(x, n) * np.fft.rfft(h, n), n)[:len(x)]
+    n = _fast_size(len(x) + rate // 4)
+    spectrum = _k_spectrum(rate, n) if n < 2**18 else np.fft.rfft(k_filter(rate), n)    # those of short clips are kept
+    y = np.fft.irfft(np.fft.rfft(x, n) * spectrum, n)[:len(x)]
     size, hop = min(len(x), int(.4 * rate)), int(.1 * rate)
     total = np.concatenate([[0.], np.cumsum(y * y)])
     at = np.arange(0, len(x) - size + 1, hop)

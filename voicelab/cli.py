@@ -74,24 +74,34 @@ def cmd_phase(a):
 
 # %% ../nbs/51_cli.ipynb #9a05f55c
 def cmd_data_import(a):
-    "bring in a corpus, verify it and store it as a dataset version"
+    "bring in a corpus, verify it and store it as a dataset version: errors stop, warnings are set aside"
     from voicelab.importers import import_corpus
     from voicelab.manifest import write_version
     from voicelab.verify import quarantine, stop_on_errors, verify
     table = import_corpus(a.corpus)
     for what, n in table.attrs.get("skipped", {}).items(): print(f"skipped: {n} {what}", file=sys.stderr)
     problems = verify(table, shared_speakers=a.shared_speakers)
-    stop_on_errors(problems)
-    kept, aside = quarantine(table, problems)
     for row in problems.itertuples(): print(f"{row.severity}: {row.utterance_id}: {row.problem}: {row.detail}", file=sys.stderr)
+    if a.on_error == "stop": stop_on_errors(problems)
+    kept, aside = quarantine(table, problems, ("dev", "test"))
+    if not len(kept): raise InputError(f"all {len(table)} rows of {a.corpus} would be set aside; at least one good row is wanted")
     licence = a.licence or ", ".join(sorted(set(kept.licence.dropna()))) if "licence" in kept else a.licence
     version = write_version(kept, a.name or Path(a.corpus).stem, dict(source=str(a.corpus), quarantined=len(aside)), licence)
+    if len(aside): print(f"set aside: {len(aside)} of {len(table)} rows, listed in {_keep_aside(version, aside)}", file=sys.stderr)
     print(version)
+
+def _keep_aside(version, aside):
+    "List what was set aside beside the version: ids, reasons and where the audio lies; the corpus keeps sound and text."
+    from voicelab.core import write_jsonl
+    return write_jsonl(home("data", version, "quarantined.jsonl"), aside[["utterance_id", "split", "problem", "detail", "audio_filepath"]].to_dict("records"))
 
 def cmd_data_verify(a):
     "check a manifest, dataset version or corpus row by row"
-    from voicelab.verify import verify
-    problems = verify(_manifest(a.source), shared_speakers=a.shared_speakers)
+    from voicelab.verify import inspect, problems_html, verify
+    table = _manifest(a.source)
+    heard = inspect(table)
+    problems = verify(table, heard, shared_speakers=a.shared_speakers)
+    if a.html: write_text(a.html, _page(f"Verification of {a.source}", f"{problems.row.nunique()} of {len(table)} rows have problems; the worst of each kind.", problems_html(table, problems, heard, players=True)))
     _print(problems, a.json)
     return 1 if (problems.severity == "error").any() else 0
 
@@ -442,8 +452,9 @@ def make_parser() -> argparse.ArgumentParser:
     who = (o("--name", help="of the model; default: setting MODEL"), o("--actor", default=os.environ.get("USER", "cli")))
     command("cycle", cmd_cycle, o("--profile", default="quick", choices=["quick", "full"]), o("--corpus", default="voicesearch"), o("--run", help="folder of the reports"), param)
     command("phase", cmd_phase, o("name", help="for example 3_train or train"), param, json=False)
-    command("data import", cmd_data_import, o("corpus", help="an4, fsdd, speech_commands, librispeech or a part of it, or a path: manifest (.jsonl, .csv, .tsv), Label Studio export (.json), Kaldi or Common Voice folder, folder of audio and text"), o("--name"), o("--licence", default="", help="of the audio and texts; default: what the corpus says of itself"), shared, json=False)
-    command("data verify", cmd_data_verify, o("source", help="manifest, dataset version or corpus"), shared)
+    command("data import", cmd_data_import, o("corpus", help="an4, fsdd, speech_commands, librispeech or a part of it, or a path: manifest (.jsonl, .csv, .tsv), Label Studio export (.json), Kaldi or Common Voice folder, folder of audio and text"), o("--name"), o("--licence", default="", help="of the audio and texts; default: what the corpus says of itself"), shared,
+            o("--on-error", choices=["stop", "quarantine"], default="stop", help="rows with errors: stop, or set them aside (rows of train and traffic with warnings are always set aside); quarantined.jsonl beside the version lists them"), json=False)
+    command("data verify", cmd_data_verify, o("source", help="manifest, dataset version or corpus"), shared, o("--html", help="file to write: the worst rows of each problem, with pictures and players"))
     command("data list", cmd_data_list)
     command("data diff", cmd_data_diff, o("old", help="a dataset version"), o("new", help="another one"))
     command("data consistency", cmd_data_consistency, o("source", help="manifest, dataset version or corpus"))

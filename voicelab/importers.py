@@ -182,7 +182,7 @@ def _fill_ids(rows: list, root: Path) -> list:
 def _from_manifest(path: Path) -> pd.DataFrame:
     "A manifest of somebody else: its audio must exist, pieces are cut out."
     rows, root = _rows_of(path), path.parent
-    for i, r in enumerate(rows, 1):
+    for i, r in enumerate(progress(rows, f"reading {path.name}"), 1):
         where, audio = f"{path} row {i}", r.get("audio_filepath")
         if not isinstance(audio, str) or not audio.strip(): raise InputError(f"{where}: audio_filepath is {audio!r}; a path is wanted")
         r["audio_filepath"] = str(_inside(root, audio, where, absolute=True))
@@ -377,7 +377,7 @@ def _labelstudio_text(task: dict, where: str, skipped: Counter) -> str | None:
 def _from_labelstudio(path: Path) -> pd.DataFrame:
     "A Label Studio export (JSON)."
     rows, skipped = [], Counter()
-    for i, task in enumerate(read_json(path), 1):
+    for i, task in enumerate(progress(read_json(path), f"reading {path.name}"), 1):
         where = f"{path} task {task.get('id', i) if isinstance(task, dict) else i}"
         if not isinstance(task, dict) or not isinstance(task.get("data"), dict) or not isinstance(task.get("annotations"), list):
             raise InputError(f"{where} has no data and annotations; export as JSON (not JSON-MIN or CSV)")

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'FORECAST', 'noise_evidence', 'noise_verdict', 'roughness', 'other_readings', 'reading_evidence',
            'voice_band', 'fingerprint', 'waveform_match', 'near_duplicates', 'inspect', 'syllables', 'octaves_off',
-           'rate_verdict', 'verify', 'stop_on_errors', 'quarantine', 'shared_texts', 'card', 'corpus_verdict',
-           'coverage', 'plot_durations', 'plot_levels', 'plot_problems']
+           'rate_verdict', 'verify', 'stop_on_errors', 'quarantine', 'worst_rows', 'problems_html', 'shared_texts',
+           'card', 'corpus_verdict', 'coverage', 'plot_durations', 'plot_levels', 'plot_problems']
 
 # %% ../nbs/13_verify.ipynb #9822ef3f
+import base64
 import io
 import re
 from functools import lru_cache
+from html import escape
 
 import numpy as np
 import pandas as pd
 import soundfile as sf
+import soxr
 from joblib import Parallel, delayed
 
-from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio
+from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio, read_file, wav_bytes
 from .core import InputError, progress, setting, sha256_bytes
 from .text import encode, min_frames, normalize, unknown_characters
 
@@ -26,11 +29,13 @@ from .text import encode, min_frames, normalize, unknown_characters
 def _power(samples: np.ndarray) -> np.ndarray:
     "Power spectra of frames of 25 ms, one every 10 ms, (T, 257); bins of 31.25 Hz."
     frames = np.lib.stride_tricks.sliding_window_view(samples, 400)[::160] * np.hanning(400).astype(np.float32)
-    return np.abs(np.fft.rfft(frames, 512))**2 + 1e-12
+    z = np.fft.rfft(frames, 512)
+    return z.real**2 + z.imag**2 + np.float32(1e-12)
 
 def noise_evidence(
     samples: np.ndarray,       # (n,) float32 at 16 kHz
     power: np.ndarray = None,  # (T, 257) from `_power`, when already computed
+    pitch: tuple = None,       # from `_pitch`, when already computed
 ) -> dict:                # spread (nepers), flatness 0..1, periodicity 0..1, range_db, kurtosis
     "Measurements that tell noise and tones from speech."
     if len(samples) < 800: return dict(spread=np.nan, flatness=0.0, periodicity=1.0, range_db=np.inf, kurtosis=np.inf)
@@ -39,19 +44,20 @@ def noise_evidence(
     mean = power.mean(0)
     use = mean > mean[2:].max() * 1e-4
     use[:2] = False                                                  # offset and hum of the recorder
-    body, energy = power[:, 6:], power.sum(1)                        # above 190 Hz
-    flat = np.exp(np.log(body).mean(1)) / body.mean(1)
-    strength, level = _pitch(samples)[1], db[::2]
+    log, body, energy = np.log(power), power[:, 6:], power.sum(1)    # the body is above 190 Hz
+    flat = np.exp(log[:, 6:].mean(1)) / body.mean(1)
+    strength, level = (_pitch(samples) if pitch is None else pitch)[1], db[::2]
     level = level[:len(strength)]
     loud = strength[level >= np.percentile(level, 70)] if len(level) else np.zeros(1)
-    return dict(spread=float(np.log(power[:, use]).std(0).mean()), flatness=float(np.median(flat[energy >= np.percentile(energy, 70)])),
+    return dict(spread=float(log[:, use].std(0).mean()), flatness=float(np.median(flat[energy >= np.percentile(energy, 70)])),
                 periodicity=float(np.percentile(loud, 75)), range_db=float(np.subtract(*np.percentile(db, [95, 10]))),
                 kurtosis=_kurtosis(samples))
 
 def _kurtosis(x: np.ndarray) -> float:
     "Fourth moment over the square of the second: 1.5 a sine, 3 Gaussian noise."
-    y = np.square(x - x.mean(), dtype=np.float64)
-    return float((y @ y) / len(y) / max(y.mean()**2, 1e-30))
+    y = x - x.dtype.type(x.mean(dtype=np.float64))
+    y *= y
+    return float((y @ y) / len(y) / max(float(y.mean())**2, 1e-30))
 
 # %% ../nbs/13_verify.ipynb #03558bde
 def noise_verdict(
@@ -73,14 +79,18 @@ def roughness(
     x: np.ndarray,  # (n,) samples on any scale
 ) -> float:         # about 0.01 for speech, 0.3 for white noise, more for garbage; inf for silence
     "How unlike speech a row of samples is: jumpy, and without peaks."
-    x = np.asarray(x, np.float64)
-    power = x.var() if len(x) > 1 else 0.
-    return float(np.mean(np.diff(x)**2) / (2 * power) / _kurtosis(x)) if power > 1e-12 else np.inf
+    x = np.asarray(x, np.float32)
+    if len(x) < 2: return np.inf
+    y, step = x - np.float32(x.mean(dtype=np.float64)), x[1:] - x[:-1]
+    y *= y
+    power = float(y.mean())
+    if power <= 1e-12: return np.inf
+    return float(step @ step) / len(step) / (2 * power) / max(float(y @ y) / len(y) / power**2, 1e-30)
 
 @lru_cache
 def _law(name: str) -> np.ndarray:
-    "The 256 values of ALAW or ULAW, (256,)."
-    return sf.read(io.BytesIO(bytes(range(256))), format="RAW", subtype=name, samplerate=8000, channels=1)[0]
+    "The 256 values of ALAW or ULAW, (256,) float32."
+    return sf.read(io.BytesIO(bytes(range(256))), format="RAW", subtype=name, samplerate=8000, channels=1, dtype="float32")[0]
 
 def other_readings(
     data: bytes,     # the samples as the file holds them
@@ -117,6 +127,8 @@ def reading_evidence(
 # %% ../nbs/13_verify.ipynb #4c9b9f04
 _NO_BAND = dict(drop_db=np.nan, centroid_hz=np.nan)
 _NARROW_DB = -45.
+_EDGES = 100 * 2 ** (np.arange(20) / 3)                     # Hz, thirds of an octave from 100 Hz
+_THIRDS = np.ceil(_EDGES / 31.25).astype(int)               # the same as bins of `_power`
 
 def voice_band(
     samples: np.ndarray,       # (n,) float32 at 16 kHz
@@ -125,24 +137,23 @@ def voice_band(
     "Where the power of a clip lies."
     if len(samples) < 800: return _NO_BAND
     power = _power(samples) if power is None else power
-    energy, high = power.sum(1), 10 * np.log10(np.percentile(power, 95, axis=0))
+    energy, high = power.sum(1), 10 * np.log10(np.percentile(power[:, 64:240], 95, axis=0))           # from 2 to 7.5 kHz
     loud = power[energy >= np.percentile(energy, 60)].mean(0)
-    hz, edges = np.arange(257) * 31.25, 100 * 2 ** (np.arange(20) / 3)                     # thirds of an octave from 100 Hz
-    weight = np.sqrt([loud[(hz >= a) & (hz < b)].mean() for a, b in zip(edges[:-1], edges[1:])])
-    return dict(drop_db=float(high[138:240].mean() - high[64:109].mean()), centroid_hz=float(2 ** (weight @ np.log2(edges[:-1] * 2 ** (1 / 6)) / weight.sum())))
+    weight = np.sqrt(np.add.reduceat(loud[:_THIRDS[-1]], _THIRDS[:-1]) / np.diff(_THIRDS))
+    return dict(drop_db=float(high[74:].mean() - high[:45].mean()), centroid_hz=float(2 ** (weight @ np.log2(_EDGES[:-1] * 2 ** (1 / 6)) / weight.sum())))
 
 # %% ../nbs/13_verify.ipynb #116d3718
-_BANDS = np.round(200 * 17 ** (np.arange(18) / 17) / 7.8125).astype(int)   # 18 edges of 17 bands, 200 to 3400 Hz, in bins of 2048
-_MARK_HOP, _MARK_SIZE = 160, 1024                                          # 10 ms; 64 ms
+_MARK_RATE, _MARK_HOP, _MARK_SIZE = 8000, 80, 512                          # Hz; 10 ms; 64 ms
+_BANDS = np.round(200 * 17 ** (np.arange(18) / 17) / 7.8125).astype(int)   # 18 edges of 17 bands, 200 to 3400 Hz, in bins of 1024
 
 def fingerprint(
     samples: np.ndarray,  # (n,) float32 at 16 kHz
 ) -> np.ndarray:          # (T, 2) int64: mark, time in 10 ms
     "Marks of a recording that outlive another level, trimming and codecs."
-    x = samples[:30 * SAMPLE_RATE]
+    x = soxr.resample(np.asarray(samples[:30 * SAMPLE_RATE], np.float32), SAMPLE_RATE, _MARK_RATE)
     if len(x) < _MARK_SIZE + 12 * _MARK_HOP: return np.zeros((0, 2), np.int64)
     frames = np.lib.stride_tricks.sliding_window_view(x, _MARK_SIZE)[::_MARK_HOP] * np.hanning(_MARK_SIZE).astype(np.float32)
-    spectra = np.fft.rfft(frames, 2048)[:, _BANDS[0] + 1:_BANDS[-1] + 1]
+    spectra = np.fft.rfft(frames, 1024)[:, _BANDS[0] + 1:_BANDS[-1] + 1]
     bands = np.log(np.add.reduceat(spectra.real**2 + spectra.imag**2, _BANDS[:-1] - _BANDS[0], axis=1) + 1e-9)   # (T, 17)
     step = np.diff(bands[4:] - bands[:-4], axis=1) > 0                     # (T-4, 16): against 40 ms ago
     words = step @ (1 << np.arange(16))
@@ -185,7 +196,7 @@ def near_duplicates(
     "Rows that hold an earlier row's recording in another shape; exact copies are not among them."
     marks = [m if isinstance(m, np.ndarray) else np.zeros((0, 2), np.int64) for m in table.marks]
     rows, out = list(df.audio_filepath), []
-    for c in _candidates(marks).itertuples():
+    for c in progress(list(_candidates(marks).itertuples()), "comparing"):
         if table.sound.iloc[c.first] == table.sound.iloc[c.second]: continue
         match = waveform_match(read_audio(rows[c.first]), read_audio(rows[c.second]))
         if match > .85: out.append((c.first, c.second, match))
@@ -202,22 +213,23 @@ def _inspect_one(
     path: str, max_seconds: float  # s; decoding stops there
 ) -> dict:
     "Everything that is measured on one clip."
-    try: x = read_audio(path, max_seconds)
+    try: x, info = read_file(path, max_seconds)
     except AudioError as e: return dict(code=e.code, message=str(e))
     except OSError as e: return dict(code="unreadable", message=f"{path}: {e.strerror}")
     sound = sha256_bytes(np.round(x * 32768).astype("<i4").tobytes())
-    power = _power(x) if len(x) >= 400 else None
-    return dict(code="", message="", sound=sound, lufs=loudness(x), marks=fingerprint(x)) | audio_stats(x) | noise_evidence(x, power) | voice_band(x, power) | reading_evidence(path)
+    channels = "; ".join(f"channel {c + 1} of {info['channels']} is {what}" for k, what in (("dead", "dead"), ("turned_over", "turned over")) for c in info.get(k, ()))
+    power, pitch = _power(x) if len(x) >= 400 else None, _pitch(x)
+    return dict(code="", message="", sound=sound, lufs=loudness(x), marks=fingerprint(x), channels=channels) | audio_stats(x, pitch) | noise_evidence(x, power, pitch) | voice_band(x, power) | reading_evidence(path)
 
 def inspect(
     df: pd.DataFrame,          # a manifest
     max_seconds: float = 30.0, # longer clips are not read to their end
-) -> pd.DataFrame:             # one row a clip, same order: code, message, sound, lufs, marks, audio_stats, noise_evidence, voice_band, reading_evidence
+) -> pd.DataFrame:             # one row a clip, same order: code, message, sound, lufs, marks, channels (what is wrong with them, or ""), audio_stats, noise_evidence, voice_band, reading_evidence
     "Measure every clip of a manifest."
     workers = max(1, setting("THREADS")) if len(df) > 150 else 1         # processes, which take two seconds to start
     found = Parallel(workers, batch_size=16, return_as="generator")(delayed(_inspect_one)(p, max_seconds) for p in df.audio_filepath)
     table = pd.DataFrame(list(progress(found, "listening", total=len(df))))
-    columns = ["code", "message", "sound", "lufs", "marks", *audio_stats(np.zeros(800)), *noise_evidence(np.zeros(0)), *_NO_BAND, *_NO_READING]
+    columns = ["code", "message", "sound", "lufs", "marks", "channels", *audio_stats(np.zeros(800)), *noise_evidence(np.zeros(0)), *_NO_BAND, *_NO_READING]
     return table.reindex(columns=columns)
 
 # %% ../nbs/13_verify.ipynb #8db12e5e
@@ -225,11 +237,14 @@ PROBLEMS = dict(
     unreadable="no audio, damaged, or a format, rate or channel count that is not allowed",
     too_long="longer than the limit", too_short="shorter than any word",
     silent="no sound above -60 dB", clipped="samples stuck at the top of the scale",
+    low_snr="speech below the noise, by estimate", extreme_loudness="so soft or so loud that the recording level was wrong", dc_offset="a constant in the signal", bad_channel="a channel without sound, or with its wires swapped; decoding leaves it out or turns it",
     noise_not_speech="noise, a hum or a beep instead of speech", wrong_encoding="the bytes are something else than the header says",
     wrong_rate="pitch, timbre and tempo all say another sample rate", narrow_band="a telephone's band in a file of a higher rate, among clips that have the whole band", wrong_duration="the manifest says another duration than the audio has",
     empty_text="nothing left to say after normalising", unknown_characters="characters that the normaliser has no rule for",
     text_too_long_for_audio="more text than can be said in this time", text_too_short_for_audio="less text than was said",
     duplicate_audio="the same sound as an earlier row", near_duplicate="an earlier row's recording at another level, trimmed or encoded again", speaker_in_two_splits="a voice in training and in evaluation")
+
+_LEAST_SNR, _SOFT, _LOUD, _DC = 0, -55, -10, .02      # dB, LUFS, LUFS, of full scale
 
 def _audio_problems(i: int, row, t, max_seconds: float):
     "Problems of one clip's sound."
@@ -241,8 +256,12 @@ def _audio_problems(i: int, row, t, max_seconds: float):
     if t.reading: yield i, "wrong_encoding", "error", f"read as {t.reading} it is {1 / t.reading_ratio:.0f} times smoother"; return
     if t.clipped_share > .001:
         yield i, "clipped", "error" if t.clipped_share > .01 else "warning", f"{t.clipped_share:.1%} of the samples are at the top; 0.1% are tolerated"
+    if abs(t.dc) > _DC: yield i, "dc_offset", "warning", f"mean {t.dc:+.3f} of full scale; {_DC:g} is tolerated"
+    if t.channels: yield i, "bad_channel", "warning", t.channels
     if v := noise_verdict(t._asdict(), t.duration):
-        yield i, "noise_not_speech", v, f"spread {t.spread:.2f}, flatness {t.flatness:.2f}, periodicity {t.periodicity:.2f}, range {t.range_db:.0f} dB"
+        yield i, "noise_not_speech", v, f"spread {t.spread:.2f}, flatness {t.flatness:.2f}, periodicity {t.periodicity:.2f}, range {t.range_db:.0f} dB"; return
+    if t.snr_db < _LEAST_SNR: yield i, "low_snr", "warning", f"about {t.snr_db:.1f} dB between speech and noise; at least {_LEAST_SNR} dB are wanted"
+    if not _SOFT <= t.lufs <= _LOUD and t.clipped_share <= .001: yield i, "extreme_loudness", "warning", f"{t.lufs:.0f} LUFS; {_SOFT} to {_LOUD} are usual"
 
 # %% ../nbs/13_verify.ipynb #794dc088
 def _text_problems(i: int, text: str, seconds: float, spoken: float):
@@ -369,12 +388,57 @@ def stop_on_errors(
 def quarantine(
     df: pd.DataFrame,        # the manifest that was verified
     problems: pd.DataFrame,  # from `verify`
+    judged=None,             # splits that judge: warnings of all others go aside too; None: only errors do
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # kept; quarantined with columns problem and detail
-    "Split a manifest into rows without errors and the others; together they are all of it."
-    bad = problems[problems.severity == "error"].groupby("row")[["problem", "detail"]].agg("; ".join)
+    "Split a manifest into rows to keep and rows to set aside; together they are all of it."
+    out = problems.severity == "error"
+    if judged is not None: out |= ~df.split.reset_index(drop=True).reindex(problems.row).isin(judged).to_numpy() & (problems.problem != "speaker_in_two_splits")
+    bad = problems[out].groupby("row")[["problem", "detail"]].agg("; ".join)
     hit = np.isin(np.arange(len(df)), bad.index)
     aside = df[hit].assign(problem=bad.problem.to_numpy(), detail=bad.detail.to_numpy())
     return df[~hit].reset_index(drop=True), aside.reset_index(drop=True)
+
+# %% ../nbs/13_verify.ipynb #144944cf
+_WORST = dict(low_snr="snr_db", silent="loudness_db", noise_not_speech="spread", wrong_encoding="reading_ratio", narrow_band="drop_db", clipped="-clipped_share")   # what tells how bad a row is: the smallest is the worst
+
+def worst_rows(
+    problems: pd.DataFrame,  # from `verify`
+    table: pd.DataFrame,     # from `inspect`
+    each: int = 3,           # rows of each kind
+) -> pd.DataFrame:           # rows of `problems`, with `of`: how many rows have this problem
+    "The worst rows of each problem, errors first, then the most frequent."
+    measure = lambda r: table[_WORST[r.problem].lstrip("-")].iloc[r.row] * (-1 if _WORST[r.problem][0] == "-" else 1) if r.problem in _WORST else 0.
+    t = problems.assign(of=problems.groupby("problem").row.transform("nunique"), measure=[measure(r) for r in problems.itertuples()])
+    return t.sort_values(["severity", "of", "problem", "measure"], ascending=[True, False, True, True], kind="stable").groupby(["severity", "problem"], sort=False).head(each).drop(columns="measure").reset_index(drop=True)
+
+def _shape_svg(samples: np.ndarray, width: int = 160, height: int = 36) -> str:
+    "The outline of a clip as a small picture."
+    parts, half = np.array_split(np.asarray(samples), min(width, len(samples))), height / 2
+    at = [f"{i},{half - half * v:.1f}" for i, v in [*enumerate(p.max() for p in parts), *reversed([*enumerate(p.min() for p in parts)])]]
+    return f"<svg width='{width}' height='{height}' style='background:#eee'><polygon points='{' '.join(at)}' fill='#247' stroke='#247' stroke-width='.5'/></svg>"
+
+def _sound_cells(path: str, players: bool) -> list:
+    "Picture and, if wanted, player of a file that may not be readable."
+    try: x = read_audio(path)
+    except (AudioError, OSError): return ["cannot be read"] + [""] * players
+    sound = f"<audio controls preload='none' style='height:24px' src='data:audio/wav;base64,{base64.b64encode(wav_bytes(x)).decode()}'></audio>" if players else ""
+    return [_shape_svg(x)] + [sound] * players
+
+def problems_html(
+    df: pd.DataFrame,        # the manifest that was verified
+    problems: pd.DataFrame,  # from `verify`
+    table: pd.DataFrame,     # from `inspect`
+    players: bool = False,   # put the audio into the page (never commit it)
+    each: int = 3,           # rows of each kind
+) -> str:
+    "The worst rows of each problem as an HTML table: what is wrong, the label, the shape of the sound."
+    heads = ["problem", "row", "what is wrong", "label", "sound"] + ["listen"] * players
+    lines, texts = ["".join(f"<th style='text-align:left'>{h}</th>" for h in heads)], df.text.tolist() if "text" in df else [""] * len(df)
+    for r in worst_rows(problems, table, each).itertuples():
+        colour = "#b00" if r.severity == "error" else "#a60"
+        cells = [f"<b style='color:{colour}'>{r.problem}</b><br>{r.severity}, {r.of} rows", escape(r.utterance_id), escape(r.detail), escape(str(texts[r.row])), *_sound_cells(r.audio_filepath, players)]
+        lines.append("".join(f"<td style='text-align:left'>{c}</td>" for c in cells))
+    return f"<table>{''.join(f'<tr>{l}</tr>' for l in lines)}</table>"
 
 # %% ../nbs/13_verify.ipynb #8d337a18
 _CARD_TAGS = ["slice", "noise", "age", "accent", "gender", "device", "region", "kind", "source", "licence"]

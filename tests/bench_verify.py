@@ -1,0 +1,78 @@
+"""What verification finds in copies of AN4 that are read wrongly, and what it says of the true clips. Into reports/benchmarks/verify.json.
+
+    python tests/bench_verify.py
+
+All clips of AN4's train and dev and all of FSDD as they are: none may be an error. All of AN4's train and dev in nine wrong ways, whole copies as a careless conversion makes them; a row is caught when it is an error.
+"""
+import io, os, platform, sys, tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+from joblib import Parallel, delayed
+
+from voicelab.audio import read_audio
+from voicelab.core import git_commit, setting, utc_now, write_json
+from voicelab.importers import import_corpus
+from voicelab.verify import verify
+
+OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "verify.json"
+
+
+def law(x, subtype, rate=8000) -> bytes:
+    "Samples as a telephone exchange encodes them."
+    out = io.BytesIO()
+    sf.write(out, x, rate, format="RAW", subtype=subtype)
+    return out.getvalue()
+
+
+def labelled(true, label):
+    "A recording at one rate with the header of another."
+    return lambda x: (soxr.resample(x, 16000, true) if true != 16000 else x, label, "PCM_16")
+
+
+def words(data: bytes): return np.frombuffer(data[:len(data) // 2 * 2], "<i2")
+def pcm(x): return np.round(x * 32768).clip(-32768, 32767).astype("<i2")
+
+DAMAGE = {
+    "byte-swapped": lambda x: (pcm(x).byteswap(), 16000, "PCM_16"),
+    "a byte later": lambda x: (words(pcm(x).tobytes()[1:]), 16000, "PCM_16"),
+    "A-law read as 16-bit PCM": lambda x: (words(law(x, "ALAW")), 16000, "PCM_16"),
+    "mu-law read as 16-bit PCM": lambda x: (words(law(x, "ULAW")), 16000, "PCM_16"),
+    "A-law read as 8-bit PCM": lambda x: ((np.frombuffer(law(x, "ALAW"), np.uint8).astype(np.int16) - 128) * 256, 16000, "PCM_U8"),
+    "8 kHz labelled 16": labelled(8000, 16000), "16 kHz labelled 8": labelled(16000, 8000),
+    "44.1 kHz labelled 16": labelled(44100, 16000), "16 kHz labelled 44.1": labelled(16000, 44100)}
+
+
+def damaged(how, path, to):
+    "A clip with one fault, as a file; its duration by the header."
+    y, rate, subtype = DAMAGE[how](read_audio(path))
+    sf.write(to, y, rate, subtype=subtype)
+    return sf.info(to).duration
+
+
+def said(df, problems):
+    "Rows by severity and problem."
+    return dict(clips=len(df), errors=int(problems.row[problems.severity == "error"].nunique()), warnings=int(problems.row[problems.severity == "warning"].nunique()), problems={k: int(n) for k, n in problems.problem.value_counts().items()})
+
+
+def main():
+    an4, rows = import_corpus("an4").query("split != 'test'").reset_index(drop=True), {}
+    rows["AN4 train and dev as it is"] = said(an4, verify(an4))
+    print(rows, flush=True)
+    fsdd = import_corpus("fsdd")
+    rows["FSDD as it is"] = said(fsdd, p := verify(fsdd, shared_speakers=True))
+    rows["FSDD as it is"]["named"] = p[p.problem != "speaker_in_two_splits"][["utterance_id", "problem", "detail"]].to_dict("records")
+    print(rows["FSDD as it is"], flush=True)
+    for how in DAMAGE:
+        with tempfile.TemporaryDirectory() as tmp:
+            files = [f"{tmp}/{i}.wav" for i in range(len(an4))]
+            seconds = Parallel(setting("THREADS"))(delayed(damaged)(how, p, f) for p, f in zip(an4.audio_filepath, files))
+            bad = an4.assign(audio_filepath=files, duration=seconds)
+            rows[how] = said(bad, verify(bad))
+            print(how, rows[how], flush=True)
+    write_json(OUT, dict(rows=rows, measured_by=f"python {' '.join(['tests/bench_verify.py', *sys.argv[1:]])}", commit=git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores"))
+
+
+if __name__ == "__main__": main()
