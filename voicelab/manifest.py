@@ -270,7 +270,8 @@ def _sweep():
     used = set()
     for p in _store().glob("*/version.json"):
         manifest = p.with_name("manifest.jsonl")
-        if "withdrawn" in read_json(p): manifest.unlink(missing_ok=True)
+        if "withdrawn" in read_json(p):
+            for file in (manifest, p.with_name("quarantined.jsonl")): file.unlink(missing_ok=True)      # both name utterances
         else: used |= {Path(r["audio_filepath"]).name for r in read_jsonl(manifest)}
     gone = {f.stem: f for f in (_store()/"blobs").rglob("*") if f.is_file() and f.name not in used}
     copies = home("corpora", "x").parent.glob("cut-*/*.wav") if gone else ()      # pieces of recordings, as the importers cut them
