@@ -99,13 +99,21 @@ def test_speak_and_find(page, how):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than a phone"
 
 
+def becomes(page, condition, seconds=20):
+    "Wait until JavaScript says so; playwright's own way is an eval in the page, which its content-security policy forbids."
+    end = time.time() + seconds
+    while not page.evaluate(condition):
+        assert time.time() < end, condition
+        page.wait_for_timeout(30)
+
+
 def test_tap_starts_and_tap_stops(page):
     "A short click starts and the next one stops; in between the level meter rises with the speech and falls after it."
     page.click("#talk", delay=30)
     page.wait_for_selector("[data-state=recording]")
-    page.wait_for_function(f"({LEVEL}) > .5")                                   # the tones
+    becomes(page, f"({LEVEL}) > .5")                                            # the tones
     page.wait_for_timeout(2500)
-    page.wait_for_function(f"({LEVEL}) === 0")                                  # and the silence after them
+    becomes(page, f"({LEVEL}) === 0")                                           # and the silence after them
     assert page.get_attribute("body", "data-state") == "recording"
     page.click("#talk", delay=30)
     page.wait_for_selector("#transcript .w")
@@ -452,7 +460,7 @@ def test_pictures(chromiums, base, base_home, tmp_path):
     page = opened(browser, base)
     page.set_viewport_size(dict(width=860, height=560))
     page.keyboard.down("Space")
-    page.wait_for_function("document.getElementById('partial').textContent.split(' ').length > 2 && document.getElementById('level').style.getPropertyValue('--level') > .5")
+    becomes(page, "document.getElementById('partial').textContent.split(' ').length > 2 && document.getElementById('level').style.getPropertyValue('--level') > .5")
     take(page, "listening")
     page.keyboard.up("Space")
     browser.close()
