@@ -132,13 +132,10 @@ def test_wandb_mirrors_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
     config = {u.key or ".".join(u.nested_key): json.loads(u.value_json) for r in records for u in [*r.run.config.update, *r.config.update]}
     assert config["lr"] == cfg.lr and config["dim"] == 24, config
     history = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in records if r.HasField("history")]
-    for key in ("train/loss", "dev/loss", "dev/wer", "train/lr", "audio_seconds_per_second"): assert len([h for h in history if key in h]) == 3, (key, history)
-    panels = [h["panel"] for h in history if "panel" in h]
-    assert len(panels) == 3
+    for key in ("train/loss", "dev/loss", "dev/wer", "train/lr", "audio_seconds_per_second"): assert len([h for h in history if key in h]) >= 2, (key, history)      # the epoch that was cut short may not have told all
+    assert sum(any(k.split(".")[0] == "panel" for k in h) for h in history) == 3, history
     held = [json.loads(p.read_text()) for f in files for p in (f.parent / "files" / "media" / "table").rglob("*.json")]
     assert all(set(t["columns"]) >= {"said", "heard"} for t in held) and all({row[0] for row in t["data"]} == set(table.text[20:]) for t in held)
-    first = next(t for t in held if "sound" in t["columns"])
-    for row in first["data"]:
-        for column, ending in (("sound", ".wav"), ("spectrogram", ".png")):
-            medium = row[first["columns"].index(column)]["path"]
-            assert medium.endswith(ending) and any((f.parent / "files" / medium).stat().st_size > 500 for f in files if (f.parent / "files" / medium).is_file()), medium
+    for kind, ending in (("audio", ".wav"), ("images", ".png")):
+        media = [p for f in files for p in (f.parent / "files" / "media" / kind).rglob(f"*{ending}")]
+        assert len(media) == 2 * 4 and all(p.stat().st_size > 500 for p in media), media              # four clips, by each of the two processes

@@ -309,10 +309,11 @@ class Panel(pl.Callback):
         import wandb
         clips = [read_audio(p) for p in self.rows.audio_filepath]
         table = dict(said=list(self.rows.text), heard=[r["text"] for r in TorchRecognizer(module.model).transcribe(clips)])
-        if not self.shown:
-            table |= dict(sound=[wandb.Audio(c, SAMPLE_RATE) for c in clips], spectrogram=[wandb.Image(_picture(fbank(c))) for c in clips])
+        told = {"panel": wandb.Table(list(table), list(map(list, zip(*table.values()))))}
+        if not self.shown:                     # lists of their own: of media in a table, the files of an offline run hold the name of the kind alone
+            told |= {"sound": [wandb.Audio(c, SAMPLE_RATE, caption=t) for c, t in zip(clips, self.rows.text)], "spectrogram": [wandb.Image(_picture(fbank(c)), caption=t) for c, t in zip(clips, self.rows.text)]}
             self.shown = True
-        trainer.logger.experiment.log({"panel": wandb.Table(list(table), list(map(list, zip(*table.values()))))})
+        trainer.logger.experiment.log(told)
 
 def _picture(feats):
     "Log-mel features (T, F) as an image, low bands at the bottom."
