@@ -62,4 +62,4 @@ def test_cycle_on_recordings_of_people(corpora, tmp_path):
     assert story.returncode == 0, story.stdout + story.stderr
     told = json.loads((ROOT / "reports" / "ci-an4-noise" / "8_noise.json").read_text())
     assert told["metrics"]["first"].startswith("snr_db") and told["params"]["augment"]["noise"] > .5           # found among what can be measured of a clip, nobody told it which were noisy
-    assert told["metrics"]["test"] is None and told["metrics"]["dev"]["street 0.0"]["before"] > told["metrics"]["dev"]["quiet"]["before"]
+    assert told["metrics"]["test"] is None and told["metrics"]["dev"]["street 0 dB"]["before"] > told["metrics"]["dev"]["quiet"]["before"]
