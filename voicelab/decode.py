@@ -69,6 +69,8 @@ def faintest(
     "The least probable unit of each word."
     return np.array([min(s.logprob for s in w) for w in words])
 
+_FADE = .06   # seconds that the sound of a word goes on after the frames of its last unit, at most until the next word begins: a CTC spike is narrower than its letter (measured on FSDD, `make bench-words`)
+
 def words_of(
     spans: list,  # of Span
     duration: float = None,  # length of the clip in seconds; no word ends after it
@@ -79,9 +81,10 @@ def words_of(
     "Words with times in seconds and confidence in 0..1."
     last, words = np.inf if duration is None else duration, word_spans(spans)
     if sure is None: sure = np.exp(faintest(words))
-    at = lambda f: round(min(start + f*frame, last), 3)
-    return [dict(word=decode_ids(s.id for s in w), start=at(w[0].start), end=at(w[-1].end), confidence=round(float(c), 4))
-            for w, c in zip(words, sure, strict=True)]
+    starts, ends = ([start + getattr(w[i], side)*frame for w in words] for i, side in ((0, "start"), (-1, "end")))
+    ends = [min(e + _FADE, nxt) if nxt > e else e for e, nxt in zip(ends, starts[1:] + [np.inf])]
+    return [dict(word=decode_ids(s.id for s in w), start=round(min(b, last), 3), end=round(min(e, last), 3), confidence=round(float(c), 4))
+            for w, b, e, c in zip(words, starts, ends, sure, strict=True)]
 
 # %% ../nbs/24_decode.ipynb #2c6fe167
 def clip_figures(
