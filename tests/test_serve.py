@@ -205,6 +205,7 @@ BAD = [  # method, path, arguments of httpx, status, code
     ("GET", "/v1/models/none", dict(), 404, "model_not_found"), ("GET", "/nowhere", dict(), 404, "not_found"), ("GET", "/v1/nowhere/at/all", dict(), 404, "not_found"),
     ("GET", "/%2e%2e/%2e%2e/etc/passwd", dict(), 404, "not_found"), ("GET", POST, dict(), 405, "method_not_allowed"), ("DELETE", "/v1/models", dict(), 405, "method_not_allowed"),
     ("GET", "/v1/models", dict(headers={"origin": "https://evil.example"}), 403, "foreign_origin"),
+    ("GET", "/v1/models", dict(headers={"host": "rebound.example:8000", "origin": "http://rebound.example:8000"}), 403, "foreign_host"),
     ("GET", "/v1/models", dict(headers={"x-request-id": "../../x"}), 400, "invalid_value"),
 ]
 

@@ -614,6 +614,9 @@ def _refusal(seen: dict, path: str, keys: Keys):
     if not seen["named_well"]: return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
     if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
+    name = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+    if not keys.needed() and "." in name and name != "127.0.0.1":                      # a page whose own name was made to point here would pass for ours
+        return ApiError(403, f"this server answers to names of its own machine, not to {name[:60]!r}; an open one wants API keys", "host", "foreign_host")
     if not keys.needed() or not (path.startswith("/v1/") or path in _ADMIN): return None
     who = keys.find(headers.get("authorization", "").removeprefix("Bearer "))
     if not who: return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "authorization", "invalid_api_key")
