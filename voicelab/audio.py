@@ -6,9 +6,10 @@
 __all__ = ['SAMPLE_RATE', 'MIN_SECONDS', 'MAX_SECONDS', 'MAX_BYTES', 'MIN_RATE', 'MAX_RATE', 'MAX_CHANNELS', 'LUFS_SILENT',
            'AudioError', 'wav_bytes', 'write_wav', 'toy_speech', 'mono', 'AudioReader', 'decode_audio', 'read_file',
            'read_audio', 'speech_mask', 'audio_stats', 'k_biquads', 'k_filter', 'block_powers', 'lufs', 'gated_lufs',
-           'loudness', 'show_audio']
+           'loudness', 'player', 'show_audio']
 
 # %% ../nbs/11_audio.ipynb #7f1be5ea
+import base64
 import contextlib
 import io
 import os
@@ -475,6 +476,12 @@ def loudness(
     return gated_lufs(block_powers(samples, rate))
 
 # %% ../nbs/11_audio.ipynb #f93c4f81
+def player(
+    samples: np.ndarray,  # (n,) float32 at 16 kHz
+) -> str:
+    "An HTML player with the clip inside, for reports; never commit one with a recording of a person."
+    return f"<audio controls preload='none' style='height:24px' src='data:audio/wav;base64,{base64.b64encode(wav_bytes(samples)).decode()}'></audio>"
+
 def show_audio(
     samples: np.ndarray,  # (n,) float32 at 16 kHz
     title: str = "",      # above the picture

@@ -203,11 +203,11 @@ def _check_model(model):
     "Raise `InputError` when there is neither the model that is asked for nor one that could stand in."
     wanted, before = _names(model)
     try: Registry().resolve(wanted)
-    except InputError:
-        try: Registry().resolve(before)
-        except InputError: pass
-        else: return
-        raise
+    except InputError as why:
+        try:
+            if not before: raise why
+            Registry().resolve(before)
+        except InputError: raise why from None
 
 def run_server(
     host: str = None,  # address; None: setting HOST

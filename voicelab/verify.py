@@ -9,7 +9,6 @@ __all__ = ['PROBLEMS', 'FORECAST', 'noise_evidence', 'noise_verdict', 'roughness
            'card', 'corpus_verdict', 'coverage', 'plot_durations', 'plot_levels', 'plot_problems']
 
 # %% ../nbs/13_verify.ipynb #9822ef3f
-import base64
 import io
 import re
 from functools import lru_cache
@@ -21,7 +20,7 @@ import soundfile as sf
 import soxr
 from joblib import Parallel, delayed
 
-from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, read_audio, read_file, wav_bytes
+from .audio import SAMPLE_RATE, AudioError, _frame_db, _pitch, audio_stats, loudness, player, read_audio, read_file
 from .core import InputError, progress, setting, sha256_bytes
 from .text import encode, min_frames, normalize, unknown_characters
 
@@ -421,8 +420,7 @@ def _sound_cells(path: str, players: bool) -> list:
     "Picture and, if wanted, player of a file that may not be readable."
     try: x = read_audio(path)
     except (AudioError, OSError): return ["cannot be read"] + [""] * players
-    sound = f"<audio controls preload='none' style='height:24px' src='data:audio/wav;base64,{base64.b64encode(wav_bytes(x)).decode()}'></audio>" if players else ""
-    return [_shape_svg(x)] + [sound] * players
+    return [_shape_svg(x)] + [player(x)] * players
 
 def problems_html(
     df: pd.DataFrame,        # the manifest that was verified
