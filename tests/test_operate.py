@@ -118,7 +118,7 @@ def test_lines_metrics_and_spans(toy_home, request):
 
 def test_sigterm_under_load(toy_home, monkeypatch, request):
     "Told to stop, the server finishes what it took, also a half-sent request and live speech; what comes later is refused; then it exits within its limit."
-    server = Running(toy_home, VOICELAB_QUEUE="40", VOICELAB_DRAIN_SECONDS="100")
+    server = Running(toy_home, VOICELAB_QUEUE="40", VOICELAB_WAIT_MS="100000", VOICELAB_DRAIN_SECONDS="100")   # on a slow machine too, no refusal but that of the stop
     request.addfinalizer(server.kill)
     stack = ExitStack()
     request.addfinalizer(stack.close)
