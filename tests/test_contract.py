@@ -5,6 +5,7 @@ from pathlib import Path
 import httpx
 
 from voicelab.audio import toy_speech, wav_bytes
+from voicelab.keys import Keys
 from voicelab.server import server
 
 # in right requests, half of the forms carry a clip that can be heard, and half of the questions for a model name the one that is served: otherwise no good answer would ever be seen
@@ -22,12 +23,12 @@ def map_path_parameters(context, path_parameters):
 EXAMPLES = int(os.environ.get("VOICELAB_TEST_EXAMPLES", "60"))   # requests of each route
 
 
-def asked(url, mode, folder) -> dict:
+def asked(url, mode, folder, *options) -> dict:
     "What a server answered to requests that OpenAPI allows (`positive`) or forbids: statuses by route."
     hooks = dict(SCHEMATHESIS_HOOKS="hooks") if mode == "positive" else {}
     # not asked: is every request that the schema allows accepted? A file that is no audio cannot be. Nor whether a wrong method is the first thing that is wrong with a wrong request
     done = subprocess.run([str(Path(sys.executable).parent / "schemathesis"), "run", f"{url}/openapi.json", "--mode", mode, "--phases", "coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", "1",
-                           "--exclude-checks", "positive_data_acceptance" + ",unsupported_method" * (mode == "negative"), "--request-timeout", "30", "--no-color", "--report", "har", "--report-har-path", f"{mode}.har"],
+                           "--exclude-checks", "positive_data_acceptance" + ",unsupported_method" * (mode == "negative"), "--request-timeout", "30", "--no-color", "--report", "har", "--report-har-path", f"{mode}.har", *options],
                           cwd=folder, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(folder), **hooks))
     assert done.returncode == 0, "\n".join(l for l in (done.stdout + done.stderr).splitlines() if l.isprintable() and len(l) < 400)[-6000:]
     seen = {}
@@ -42,8 +43,14 @@ def test_the_contract_is_kept(toy_home, tmp_path):
     with server(env=dict(VOICELAB_HOME=str(toy_home), VOICELAB_LOG_LEVEL="off")) as url:
         (tmp_path / "clip.wav").write_bytes(wav_bytes(toy_speech(1.)))
         (tmp_path / "hooks.py").write_text(HOOKS.format(model=httpx.get(f"{url}/v1/models").json()["data"][0]["id"]))
-        allowed, forbidden = asked(url, "positive", tmp_path), asked(url, "negative", tmp_path)
+        allowed = asked(url, "positive", tmp_path)
         assert httpx.get(f"{url}/readyz").status_code == 200
+    keys = Keys(tmp_path / "api.json")
+    with server(env=dict(VOICELAB_HOME=str(toy_home), VOICELAB_LOG_LEVEL="off", VOICELAB_KEYS=str(keys.path))) as url:       # with API keys, as an open server has them
+        door = "--header", f"Authorization: Bearer {keys.add('schemathesis', 'admin', per_minute=1_000_000)}"
+        forbidden = asked(url, "negative", tmp_path, *door)
+        assert httpx.get(f"{url}/readyz").status_code == 200
+    assert max(map(len, forbidden.values())) > 1, "only the key was refused"
     for route in (("POST", "/v1/audio/transcriptions"), ("POST", "/v1/search"), ("POST", "/v1/feedback"), ("DELETE", "/v1/subjects/…"), ("GET", "/v1/models/…"), ("GET", "/readyz")):
         assert 200 in allowed[route], (route, allowed)                   # the good answers were held against the contract, too
     assert 404 in allowed["GET", "/v1/models/…"] and 400 in forbidden["POST", "/v1/audio/transcriptions"], (allowed, forbidden)

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 import av
 import httpx
@@ -17,6 +18,7 @@ from test_serve import encode
 from voicelab.audio import decode_audio, wav_bytes
 from voicelab.export import toy_tones
 from voicelab.registry import Registry
+from voicelab.requestlog import RequestLog
 from voicelab.server import server
 
 SAID = "a bad cab"
@@ -102,6 +104,38 @@ def test_answers_that_nobody_reads(url, home):
     end = time.time() + 20
     while time.time() < end and open_now() > 1: time.sleep(.2)
     assert open_now() == 1                                                       # the one that asks
+
+
+def test_live_speech_that_nobody_reads(url, home):
+    "Callers of the live protocol who speak without end and read nothing: others are served as ever, memory does not grow with them, and within a minute their places are free."
+    host, before = url.removeprefix("http://"), resident(home)
+    def frame(kind, data): return bytes([0x80 | kind, 0x80 | 126]) + struct.pack(">H", len(data)) + bytes(4) + data           # RFC 6455, with a mask of zeros
+    def open_deaf():
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        s.connect((host.split(":")[0], int(host.split(":")[1])))
+        s.settimeout(1)
+        s.sendall(f"GET /vosk HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dm9pY2VsYWIgdGVzdHMgIQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+        s.sendall(frame(1, b'{"config": {"sample_rate": 16000}}'.ljust(130)))
+        return s
+    def speak(s):
+        words, end = frame(2, (toy_tones(SAID)[:1600] * 32767).astype("<i2").tobytes()), time.time() + 90
+        while time.time() < end:
+            try: s.send(words)
+            except TimeoutError: pass
+            except OSError: return True
+            time.sleep(.002)
+    streams = lambda: float(next(l for l in httpx.get(url + "/metrics", timeout=60).text.splitlines() if l.startswith("voicelab_streams ")).split()[1])
+    deaf = [open_deaf() for _ in range(4)]
+    end = time.time() + 20
+    while time.time() < end and streams() < 4: time.sleep(.1)
+    assert streams() == 4
+    with ThreadPoolExecutor(8) as pool:
+        speaking = [pool.submit(speak, s) for s in deaf]
+        assert {r.json()["text"] for r in pool.map(lambda _: say(url), range(40))} == {SAID}
+        assert all(s.result() for s in speaking), "somebody who does not read is spoken to for ever"
+    assert streams() == 0 and resident(home) - before < 100, (before, resident(home))
+    for s in deaf: s.close()
 
 
 # ---- uploads that mean harm
@@ -320,7 +354,7 @@ def test_front_killed(url, home):
 
 # ---- a disk that is full
 
-def test_full_disk(toy_home, tmp_path):
+def test_full_disk(toy_home, tmp_path, monkeypatch):
     "Where the log's disk is full the words still come; that nothing was kept is said and counted; with space again the log goes on."
     home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
     (home / "log").mkdir()
@@ -333,11 +367,15 @@ def test_full_disk(toy_home, tmp_path):
                 try:
                     while f.write(b"\0" * 4096): pass
                 except OSError: pass
-            kept = [say(url, **consent) for _ in range(12)]
+            with ThreadPoolExecutor(4) as pool: kept = list(pool.map(lambda _: say(url, **consent), range(40)))
             assert {r.status_code for r in kept} == {200} and {r.json()["text"] for r in kept} == {SAID}
             assert kept[-1].headers["x-voicelab-logged"] == "none", [r.headers["x-voicelab-logged"] for r in kept]
             lost = sum(r.headers["x-voicelab-logged"] != "audio" for r in kept)
             assert f"voicelab_log_failures_total {lost}.0" in httpx.get(f"{url}/metrics", timeout=60).text
             (home / "log" / "ballast").unlink()
             assert say(url, **consent).headers["x-voicelab-logged"] == "audio"
+            monkeypatch.setenv("VOICELAB_HOME", str(home))
+            rows = RequestLog().rows().set_index("request_id")
+            for r in kept: assert (r.headers["x-request-id"] in rows.index) == (r.headers["x-voicelab-logged"] != "none")     # it is as was said
+            for r in kept: assert r.headers["x-voicelab-logged"] != "audio" or Path(rows.audio_path[r.headers["x-request-id"]]).read_bytes() == CLIP
     finally: subprocess.run(["umount", "-l", home / "log"])

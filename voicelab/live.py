@@ -107,40 +107,47 @@ def _failure(e: dict) -> ApiError:
     return ApiError(500, f"the recogniser failed on this utterance; the request id {e['seen']['id']} names the failure in the server's log", None, "internal")
 
 _IDLE = 60   # seconds without a message after which a stream is closed
-_STOPPING = 1012, "the server restarts; connect again"
 
 @contextmanager
-def _counted(service):
-    "A place among the open streams."
+def _counted(service, seen):
+    "A place among the open streams, and among those of its key."
     service.streams += 1
+    service.key_streams[seen["key"]] += 1
     service.metrics.streams.set(service.streams)
     try: yield
     finally:
         service.streams -= 1
+        service.key_streams[seen["key"]] -= 1
         service.metrics.streams.set(service.streams)
 
-async def _enter(ws: WebSocket, service: Service):
-    "Check and accept a connection: what is known of it, or None when it was refused."
+def _asked(ws: WebSocket, service: Service) -> tuple:
+    "What is known of a connection, and the `ApiError` for one that is not let in, or None."
     offered = [p.strip() for p in ws.headers.get("sec-websocket-protocol", "").split(",") if p.strip()]
-    seen = _seen(ws.scope, service.models.label)
+    seen = _seen(ws.scope, service.models.label) | dict(route=ws.url.path, protocol="realtime" if "realtime" in offered else None)
     if key := next((p for p in offered if p.startswith("openai-insecure-api-key.")), None): seen["headers"].setdefault("authorization", "Bearer " + key.split(".", 1)[1])
-    refusal = _refusal(seen, "/v1/", service.keys)
-    if refusal: pass
-    elif service.draining: refusal = ApiError(503, "the server is stopping; try again in a moment", None, "stopping", retry_after=5)
-    elif service.streams >= setting("STREAMS"): refusal = ApiError(503, f"{setting('STREAMS')} streams are open, the most that are allowed; try again later", None, "overloaded", retry_after=5)
-    if refusal:
-        response = service.refused(seen, refusal)
-        response.headers.update({"x-request-id": seen["id"], "x-voicelab-model": seen["model"], "x-voicelab-logged": "none"})
-        await ws.send_denial_response(response)
-    else:
-        await ws.accept(next((p for p in offered if p == "realtime"), None))
-        return seen | dict(route=ws.url.path)
+    if refusal := _refusal(seen, "/v1/", service.keys): return seen, refusal
+    if service.draining: return seen, ApiError(503, "the server is stopping; try again in a moment", None, "stopping", retry_after=5)
+    if service.streams >= setting("STREAMS"): return seen, ApiError(503, f"{setting('STREAMS')} streams are open, the most that are allowed; try again later", None, "overloaded", retry_after=5)
+    if seen["key"] and service.key_streams[seen["key"]] >= setting("KEY_STREAMS"):
+        return seen, ApiError(429, f"{setting('KEY_STREAMS')} streams are open with this API key, the most that are allowed", "authorization", "too_many_streams", retry_after=5)
+    return seen, None
 
-async def _messages(ws: WebSocket, service: Service):
-    "Yield texts and bytes until the other side leaves or falls silent, or the server stops."
+async def _deny(ws: WebSocket, service: Service, seen: dict, refusal: ApiError):
+    "Answer a connection that is not let in, in the shape of HTTP's errors."
+    response = service.refused(seen, refusal)
+    response.headers.update({"x-request-id": seen["id"], "x-voicelab-model": seen["model"], "x-voicelab-logged": "none"})
+    await ws.send_denial_response(response)
+
+def _ending(service: Service, seen: dict):
+    "Why a stream must end now: code and reason (RFC 6455), or None."
+    if service.draining: return 1012, "the server restarts; connect again"
+    if time.perf_counter() - seen["start"] > setting("SESSION_SECONDS"): return 1001, f"a session lasts {setting('SESSION_SECONDS'):g} s at most; connect again"
+
+async def _messages(ws: WebSocket, service: Service, seen: dict):
+    "Yield texts and bytes until the other side leaves or falls silent, or the stream must end."
     since, coming = time.monotonic(), None
     try:
-        while not service.draining:
+        while not _ending(service, seen):
             coming = coming or asyncio.create_task(ws.receive())
             done, _ = await asyncio.wait({coming}, timeout=.5)
             if done:
@@ -215,7 +222,7 @@ class _Realtime:
 
     async def run(self):
         await self.send("session.created", session=self.session())
-        async for text in _messages(self.ws, self.service):
+        async for text in _messages(self.ws, self.service, self.seen):
             event = {}
             try:
                 event = _object(text, "the event")
@@ -223,9 +230,9 @@ class _Realtime:
             except (ApiError, InputError, RecursionError) as e:        # the last: a wrong value nested so deeply that it cannot be shown
                 name = event.get("event_id")
                 await self.send("error", error=error_fields(e) | dict(event_id=name if isinstance(name, str) else None))
-        if self.service.draining:
+        if ending := _ending(self.service, self.seen):
             async for e in self.stream.commit(): await self.tell(e)
-            await self.ws.close(*_STOPPING)
+            await self.ws.close(*ending)
 
     async def handle(self, event):
         kinds = {"session.update": self.update, "input_audio_buffer.append": self.append, "input_audio_buffer.commit": self.commit, "input_audio_buffer.clear": self.clear}
@@ -338,16 +345,16 @@ class _Vosk:
         self.rate, self.show_words, self.alternatives, self.keywords, self.partial, self.stream = 8000, True, 0, None, "", None
 
     async def run(self):
-        async for message in _messages(self.ws, self.service):
+        async for message in _messages(self.ws, self.service, self.seen):
             try:
                 if isinstance(message, bytes): await self.audio(message)
                 elif not await self.control(_object(message, "the message")): return await self.ws.close()
             except (ApiError, InputError, RecursionError) as e:
                 await self.ws.send_text(json.dumps(dict(error=error_fields(e))))
                 return await self.ws.close(1011 if getattr(e, "status", 400) >= 500 else 1008)
-        if self.service.draining:
+        if ending := _ending(self.service, self.seen):
             with suppress(ApiError): await self.control(dict(eof=1))
-            await self.ws.close(*_STOPPING)
+            await self.ws.close(*ending)
 
     async def last(self) -> list:
         "The final of what was said so far; raises `ApiError`."
@@ -419,10 +426,12 @@ def add_live(
     "Add the routes `/v1/realtime` and `/vosk`."
     def route(path, kind):
         async def connect(ws: WebSocket):
-            seen = await _enter(ws, service)
-            if seen is None: return
-            with _counted(service):
-                try: await kind(ws, service, seen).run()
+            seen, refusal = _asked(ws, service)
+            if refusal: return await _deny(ws, service, seen, refusal)
+            with _counted(service, seen):
+                try:
+                    await ws.accept(seen["protocol"])
+                    await kind(ws, service, seen).run()
                 except NobodySpeaks as e: await ws.close(1000, str(e))
                 except WebSocketDisconnect: pass
                 except Exception as e:

@@ -21,6 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -428,6 +429,7 @@ class Service:
     ):
         self.models, self.log, self.search, self.metrics, self.keys = models, log, search, metrics or Metrics(), Keys()
         self.streams = self.active = 0                         # live ones that are open; HTTP requests that were let in
+        self.key_streams = Counter()                           # live ones by the name of their API key
         self.metrics.open.set_function(lambda: self.active)
         self.draining, self.lines, self.spans = False, Lines(), Spans()
         self.inside, self.long, self.most, self.longest = 0, 0, setting("QUEUE") + setting("BATCH"), setting("WAIT_MS") / 1000
@@ -603,7 +605,14 @@ def _seen(scope, model: str) -> dict:
     return dict(id=named if well else secrets.token_hex(16), named_well=well, start=time.perf_counter(), model=model, status=200, headers=headers,
                 consent=consent_scopes(headers.get("x-voicelab-consent")), subject=headers.get("x-voicelab-subject", "").strip()[:256] or None,
                 policy=short("x-voicelab-policy"), region=short("x-voicelab-region"), device=short("x-voicelab-device"), logged="none", receipt=None,
-                stages=[], bytes=0, audio_s=None, code=None)
+                key=None, stages=[], bytes=0, audio_s=None, code=None)
+
+def _origins() -> list:
+    "Addresses of other web pages that may call; raises `InputError` on what is none."
+    given = [o.strip() for o in setting("ORIGINS").split(",") if o.strip()]
+    for o in given:
+        if not re.fullmatch(r"https?://[^/\s*]+", o): raise InputError(f"setting VOICELAB_ORIGINS has {o!r}; an origin is a scheme and a host, for example https://shop.example")
+    return given
 
 _CLIPS = ("/v1/audio/transcriptions", "/v1/search")
 _ADMIN = ("/metrics", "/v1/monitor")   # what only an admin's key opens, where there are keys
@@ -613,7 +622,7 @@ def _refusal(seen: dict, path: str, keys: Keys):
     headers = seen["headers"]
     if not seen["named_well"]: return ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", "x-request-id", "invalid_value")
     origin = headers.get("origin")
-    if origin and origin.split("://")[-1] != headers.get("host"): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
+    if origin and origin.split("://")[-1] != headers.get("host") and origin not in _origins(): return ApiError(403, "requests from other web pages are not allowed", "origin", "foreign_origin")
     name = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
     if not keys.needed() and "." in name and name != "127.0.0.1":                      # a page whose own name was made to point here would pass for ours
         return ApiError(403, f"this server answers to names of its own machine, not to {name[:60]!r}; an open one wants API keys", "host", "foreign_host")
@@ -621,6 +630,7 @@ def _refusal(seen: dict, path: str, keys: Keys):
     who = keys.find(headers.get("authorization", "").removeprefix("Bearer "))
     if not who: return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "authorization", "invalid_api_key")
     if path in _ADMIN and who["scope"] != "admin": return ApiError(403, f"the API key has the scope {who['scope']}; {path} needs admin", "authorization", "wrong_scope")
+    seen["key"] = who["name"]
     if wait := keys.wait(who): return ApiError(429, f"more than {who['per_minute']} requests a minute with this API key", "authorization", "rate_limit_exceeded", retry_after=math.ceil(wait))
 
 # %% ../nbs/35_serve.ipynb #38f437a0
@@ -662,6 +672,7 @@ class Envelope:
         "The headers that every answer has."
         ours = {"x-request-id": seen["id"], "x-voicelab-model": seen["model"], "x-voicelab-logged": seen["logged"]} | _SECURITY
         if seen["receipt"]: ours["x-voicelab-receipt"] = seen["receipt"]
+        if setting("TLS_CERT") or setting("BEHIND_PROXY"): ours["strict-transport-security"] = "max-age=31536000"       # once by HTTPS, always by HTTPS (RFC 6797)
         return [(k.encode(), v.encode("latin-1", "replace")) for k, v in ours.items() if k.encode() not in there]
 
 def _tell(service, seen: dict, method: str, route: str):
@@ -894,4 +905,6 @@ def build_app(
     _page_routes(app)
     contract.keep_true(app)
     app.add_middleware(Envelope, service=service)
+    if pages := _origins():                                        # outermost: a page that may call can read refusals, too
+        app.add_middleware(CORSMiddleware, allow_origins=pages, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=["*", "authorization"], max_age=3600)
     return app
