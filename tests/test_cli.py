@@ -122,6 +122,20 @@ def flawed(tmp_path):
     return tmp_path / "m.jsonl"
 
 
+def test_coverage_names_what_is_missing(flawed, tmp_path):
+    "What training lacks of the texts that are expected, and of the scope's forecast; a split that is not there is refused by name."
+    (tmp_path / "expected.txt").write_text("go quickly\nstop\n")
+    done = run("data", "coverage", flawed, "--texts", tmp_path / "expected.txt", "--json", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    lacking = {(r["aspect"], r["kind"]): r for r in said["coverage"]}
+    assert said["card"]["splits"]["train"]["clips"] == 8 and said["split"] == "train"
+    assert lacking["words", "distinct"]["detail"] == "quickly" and lacking["words", "distinct"]["missing"] == 1
+    assert lacking["speakers", "everybody"]["missing"] == 92 and "unknown" in lacking["region", "kinds"]["detail"]
+    done = run("data", "coverage", flawed, "--split", "tset", home=tmp_path / "home")
+    assert done.returncode == 2 and "no rows of split 'tset'; there are: dev, train" in done.stderr
+
+
 def test_import_stops_on_errors_and_sets_warnings_aside(flawed, tmp_path, monkeypatch):
     "By default an error stops and nothing is stored; with --on-error quarantine it goes aside; a warning goes aside, but not from a split that judges."
     home = tmp_path / "home"

@@ -213,7 +213,7 @@ def agreement(self: LabelQueue,
 @patch
 def accepted(self: LabelQueue,
     log,    # present rows of `RequestLog.rows`
-):          # -> manifest rows: audio_filepath, duration, text, speaker, utterance_id, source, slice, reason, lineage columns, sha256
+):          # -> manifest rows: audio_filepath, duration, text, speaker, utterance_id, source, slice, reason, lineage columns, sha256, region, device, quarter of the day
     "Labels that may enter a dataset."
     now, labels = eligible(log).set_index("request_id"), self.labels()
     first = self.tasks().query("look == 1").set_index("request_id")
@@ -224,10 +224,11 @@ def accepted(self: LabelQueue,
         if request not in now.index or votes.empty or (request in doubts and votes.iloc[0] < 2) or (answers["status"] == "reject").sum() >= votes.iloc[0]: continue
         row, task = now.loc[request], first.loc[request]
         if row["audio_sha256"] != task["audio_sha256"] or sha256_file(row["audio_path"]) != row["audio_sha256"]: continue
-        who = row["subject"] if isinstance(row["subject"], str) else request
+        who, hour = row["subject"] if isinstance(row["subject"], str) else request, int(row["time"][11:13]) // 6 * 6
         out.append(dict(audio_filepath=row["audio_path"], duration=float(row["duration"]), text=votes.index[0], speaker=f"traffic-{who}", split="train", utterance_id=f"traffic-{request}", source="traffic",
-                        slice=_main_slice(answers["slice"]), reason=task["reason"], parent_request=request, consent_id=who, model=row["model"], annotators=len(answers), sha256=row["audio_sha256"]))
-    return pd.DataFrame(out, columns=["audio_filepath", "duration", "text", "speaker", "split", "utterance_id", "source", "slice", "reason", "parent_request", "consent_id", "model", "annotators", "sha256"])
+                        slice=_main_slice(answers["slice"]), reason=task["reason"], parent_request=request, consent_id=who, model=row["model"], annotators=len(answers), sha256=row["audio_sha256"],
+                        **{c: row[c] if isinstance(row[c], str) else "" for c in ("region", "device")}, hour=f"{hour:02}-{hour + 6:02} UTC"))
+    return pd.DataFrame(out, columns=["audio_filepath", "duration", "text", "speaker", "split", "utterance_id", "source", "slice", "reason", "parent_request", "consent_id", "model", "annotators", "sha256", "region", "device", "hour"])
 
 def _main_slice(marks):
     "The slice that annotators marked most often, leaving out no mark."

@@ -24,7 +24,7 @@ from .core import InputError, home, progress, read_json, read_jsonl, sha256_byte
 
 # %% ../nbs/12_manifest.ipynb #5e02e32e
 COLUMNS = ["audio_filepath", "duration", "text", "speaker", "split", "utterance_id", "source", "slice"]
-TAGS = ["noise", "snr_db", "age", "accent", "device", "region", "kind"]
+TAGS = ["noise", "snr_db", "age", "accent", "device", "region", "hour", "kind"]
 LINEAGE = ["parent_request", "consent_id", "subject", "sha256", "licence"]
 SPLITS = ("train", "dev", "test", "traffic")
 _ALIASES = {"path": "audio_filepath", "audio": "audio_filepath", "sentence": "text", "transcript": "text", "client_id": "speaker"}

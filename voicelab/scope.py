@@ -46,6 +46,10 @@ class Scope:
     human: dict = field(default_factory=lambda: dict(wer=None, source="nobody has transcribed this synthetic corpus; people make 5.8 % on clean read speech (LibriSpeech test-clean, Amodei et al. 2016)"))
     traffic: dict = field(default_factory=lambda: dict(requests_per_day=20_000., seconds_per_request=3., peak_factor=4., growth_per_month=.10, months=12.))
     shares: dict = field(default_factory=lambda: dict(slice=dict(new_names=.10, young=.15)))   # of the forecast traffic: {tag: {value: share}}; what is not named has its share of the evaluated set
+    forecast: dict = field(default_factory=lambda: dict(   # {property: {kind: [from, to, least share of requests]}}
+        pitch_hz={"low voice": [1, 155, .45], "middle voice": [155, 250, .45], "high voice, children": [250, 1e9, .05]},
+        snr_db={"loud place, below 10 dB": [-99, 10, .05], "10 to 20 dB": [10, 20, .15], "quiet, above 20 dB": [20, 99, .50]},
+        duration={"below 1 s": [0, 1, .05], "1 to 3 s": [1, 3, .40], "3 to 8 s": [3, 8, .30]}))
     prices: dict = field(default_factory=lambda: dict(core_hour=.05, utilisation=.30))
     budget: dict = field(default_factory=lambda: dict(train_minutes=30., memory_gb=6., disk_gb=5., least_data_hours=.02))
     estimate: dict = field(default_factory=dict)   # filled by `estimate_work`
@@ -79,6 +83,10 @@ def validate_scope(
         if metric.startswith("wer_") and metric[4:] not in s.slices: raise InputError(f"targets.{metric} names no slice of the scope; its slices are {', '.join(s.slices) or '(none)'}")
     for tag, values in s.shares.items():
         if not isinstance(values, dict) or not all(_number(v) and 0 <= v <= 1 for v in values.values()) or sum(values.values()) > 1: raise InputError(f"shares.{tag} is {values!r}; allowed are {{value: share of the traffic}}, shares from 0 to 1 that add up to no more than 1")
+    for name, ranges in s.forecast.items():
+        if name not in default.forecast: raise InputError(f"forecast.{name} is not measured; allowed are {', '.join(default.forecast)}")
+        for kind, r in ranges.items() if isinstance(ranges, dict) else [("", ranges)]:
+            if not isinstance(r, (list, tuple)) or len(r) != 3 or not all(map(_number, r)) or not (r[0] < r[1] and 0 <= r[2] <= 1): raise InputError(f"forecast.{name}.{kind} is {r!r}; allowed is [from, to, share of the traffic from 0 to 1]")
     for where in ("baseline", "human"):
         for k, wer in getattr(s, where).items():
             if (k == "wer" or k.startswith("wer_")) and wer is not None and not _number(wer): raise InputError(f"{where}.{k} is {wer!r}; allowed is a number, or null when it is not known")
