@@ -15,7 +15,7 @@ import soxr
 
 from .core import InputError
 from .audio import SAMPLE_RATE, read_audio
-from .noise import power
+from .noise import one_channel, power
 
 # %% ../nbs/18_distort.ipynb #bf2e3729
 def speed(
@@ -24,11 +24,12 @@ def speed(
 ) -> np.ndarray:
     "Play faster or slower; `round(len(x) / factor)` samples come back."
     if not .25 <= factor <= 4: raise InputError(f"speed factor is {factor!r}; it must be from 0.25 to 4")
+    x = one_channel(x)
     n = round(len(x) / factor)
-    if factor == 1 or n == 0: return x[:n].astype(np.float32)
+    if factor == 1 or n == 0: return x[:n].copy()
     size = -(-(len(x) + 320) // 1980) * 1980          # a length whose transform is fast, also after / 0.9 and / 1.1
     new = round(size / factor)
-    spectrum = np.fft.rfft(x.astype(np.float32), size)[:new // 2 + 1]
+    spectrum = np.fft.rfft(x, size)[:new // 2 + 1]
     return (np.fft.irfft(spectrum, new)[:n] * (new / size)).astype(np.float32)
 
 # %% ../nbs/18_distort.ipynb #d0db9fac
@@ -45,11 +46,12 @@ def tempo(
 ) -> np.ndarray:
     "Talk faster or slower at the same pitch; `round(len(x) / factor)` samples come back."
     if not .5 <= factor <= 2: raise InputError(f"tempo factor is {factor!r}; it must be from 0.5 to 2")
+    x = one_channel(x)
     n = round(len(x) / factor)
-    if factor == 1 or n == 0: return x[:n].astype(np.float32)
+    if factor == 1 or n == 0: return x[:n].copy()
     frames, lead = n // _HOP + 2, _HOP + _SLIDE + 4
     nominal = np.round(np.arange(frames) * _HOP * factor).astype(int) + lead - _HOP          # where each window is due in the padded clip
-    y = np.pad(x.astype(np.float32), (lead, max(nominal[-1] + 4 * _HOP + _SLIDE - lead - len(x), 0)))
+    y = np.pad(x, (lead, max(nominal[-1] + 4 * _HOP + _SLIDE - lead - len(x), 0)))
     rough = y[:len(y) // 4 * 4].reshape(-1, 4).mean(1)
     starts = nominal.copy()
     for i in range(1, frames):
@@ -126,8 +128,10 @@ def reverb(
     response,       # impulse response that starts with the direct sound
 ) -> np.ndarray:
     "The clip in a room; its length and level stay, and the direct sound is not delayed."
+    x, response = one_channel(x), one_channel(response)
+    if not power(response): raise InputError(f"an impulse response of {len(response)} samples without a sound")
     size = -(-(len(x) + len(response)) // 1800) * 1800
-    y = np.fft.irfft(np.fft.rfft(x.astype(np.float32), size) * np.fft.rfft(response, size), size)[:len(x)]
+    y = np.fft.irfft(np.fft.rfft(x, size) * np.fft.rfft(response, size), size)[:len(x)]
     return (y * np.sqrt(power(x) / max(power(y), 1e-12))).astype(np.float32)
 
 # %% ../nbs/18_distort.ipynb #1b7840ba
@@ -148,7 +152,8 @@ def gain(
     db: float,      # change of level
 ) -> np.ndarray:
     "Louder or softer; what would pass full scale is clipped, as a microphone does."
-    return np.clip(x * np.float32(10 ** (db / 20)), -1, 1).astype(np.float32)
+    if not -120 <= db <= 120: raise InputError(f"gain is {db!r} dB; it must be from -120 to 120")
+    return np.clip(one_channel(x) * np.float32(10 ** (db / 20)), -1, 1)
 
 def clipping(
     x: np.ndarray,  # samples
@@ -156,8 +161,9 @@ def clipping(
 ) -> np.ndarray:
     "The clip with its peaks cut off at a share of the highest."
     if not 0 < share <= 1: raise InputError(f"clipping is at {share!r} of the peak; it must be above 0 and at most 1")
-    top = share * np.abs(x).max(initial=0)
-    return np.clip(x, -top, top).astype(np.float32)
+    x = one_channel(x)
+    top = np.float32(share) * np.abs(x).max(initial=0)
+    return np.clip(x, -top, top)
 
 # %% ../nbs/18_distort.ipynb #6c44bffd
 def bandwidth(
@@ -167,11 +173,12 @@ def bandwidth(
 ) -> np.ndarray:
     "Only what lies between two frequencies."
     if not (0 <= low < high and 1000 <= high <= SAMPLE_RATE / 2): raise InputError(f"band is {low!r} to {high!r} Hz; it must rise, from 0 on, and end from 1000 to {SAMPLE_RATE // 2}")
+    x = one_channel(x)
     size = -(-(len(x) + 1600) // 1800) * 1800
     f = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     shape = 1 / (1 + np.exp((f - high) / (high / 56)))
     if low: shape /= 1 + np.exp((low - f) / (low / 12))
-    return np.fft.irfft(np.fft.rfft(x.astype(np.float32), size) * shape.astype(np.float32), size)[:len(x)].astype(np.float32)
+    return np.fft.irfft(np.fft.rfft(x, size) * shape.astype(np.float32), size)[:len(x)].astype(np.float32)
 
 def telephone(
     x: np.ndarray,  # samples
@@ -188,7 +195,7 @@ def opus(
 ) -> np.ndarray:
     "The clip through the Opus codec as in a call; as many samples come back, in place."
     if not 6 <= kbps <= 128: raise InputError(f"Opus bit rate is {kbps!r} kbit/s; it must be from 6 to 128")
-    if not len(x): return x.astype(np.float32)
+    if not len(x := one_channel(x)): return x
     coder = av.CodecContext.create("libopus", "w")
     coder.sample_rate, coder.layout, coder.format, coder.bit_rate, coder.options = SAMPLE_RATE, "mono", "s16", int(1000 * kbps), dict(application="voip", compression_level="0")
     coder.open()
