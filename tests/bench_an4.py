@@ -2,6 +2,7 @@
 
     python tests/bench_an4.py --seed 0             # trains, then reads the dev speakers: for choosing
     python tests/bench_an4.py --seed 0 --test      # the same, then reads the test set: once, for the claim; writes seed-0.json
+    python tests/bench_an4.py --seed 0 --small     # the model of a million parameters; with --test and --summary into an4/small/
     python tests/bench_an4.py --set epochs=20      # another recipe, to try
     python tests/bench_an4.py --seed 0 --trained-at COMMIT   # the run that this very command made at another commit, decoded and measured anew
     python tests/bench_an4.py --summary            # mean and range of the seeds, and the bundle of the seed that is best on dev
@@ -34,6 +35,9 @@ RECIPE = dict(epochs=66, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride
               augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
 
 
+SMALL = dict(dim=118)
+
+
 def spoken_english():
     "What anybody knows of spelled names, numbers and dates, for the language model: the names and words of the default corpus, letter by letter, and numbers and dates at random."
     rng, number = np.random.default_rng(0), lambda least, most: spoken_number(str(int(rng.integers(least, most))))
@@ -54,10 +58,13 @@ def tuned(recognizer, rows):
     return dict(weight=weight, bonus=bonus), {f"{w}, {b}": round(100 * r, 2) for r, _, w, b in tried}
 
 
+def out_of(a): return OUT / "small" if a.small else OUT
+
+
 def run_seed(a):
     change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     table = import_corpus("an4")
-    cfg = TrainConfig(**{**RECIPE, "seed": a.seed, **change})
+    cfg = TrainConfig(**{**RECIPE, **(SMALL if a.small else {}), "seed": a.seed, **change})
     run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{a.trained_at or git_commit()}")
     if a.trained_at and not (run / "metrics.json").is_file(): raise SystemExit(f"{run} holds no finished run")
     metrics = train(table[table.split.isin(["train", "dev"])], run, cfg)
@@ -71,7 +78,7 @@ def run_seed(a):
     write_json(bundle / "config.json", config)
     sure = calibrate(bundle, dev, most=len(dev))
     result = dict(seed=a.seed, minutes=round(curve.seconds.sum() / 60, 1), minutes_to_5_percent_dev=round(curve.seconds[:good[0] + 1].sum() / 60, 1) if len(good) else None,
-                  parameters=metrics["parameters"], clips=metrics["clips"], recipe={**RECIPE, **change}, lm=lm, lm_tried_on_dev=tried, confidence=sure["confidence"])
+                  parameters=metrics["parameters"], clips=metrics["clips"], recipe={**RECIPE, **(SMALL if a.small else {}), **change}, lm=lm, lm_tried_on_dev=tried, confidence=sure["confidence"])
     for split in ["dev", "test"] if a.test else ["dev"]:
         rows = table[table.split == split].reset_index(drop=True)
         for name, recognizer in (("", Recognizer(bundle, threads=threads)), ("int8_", Recognizer(bundle, "int8", threads)), ("greedy_", Recognizer(bundle, threads=threads, lm="none"))):
@@ -80,25 +87,26 @@ def run_seed(a):
             print(f"{split} {name or 'with the language model '}WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", flush=True)
     result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), trained_at=a.trained_at or git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
     result = json.loads(json.dumps(result, default=float))
-    write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed=change))
+    write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed={**(SMALL if a.small else {}), **change}))
     if not a.test: return print(json.dumps(result, indent=1))
-    write_json(OUT / f"seed-{a.seed}.json", result)
-    kept = home("an4-bundles", str(a.seed))
+    write_json(out_of(a) / f"seed-{a.seed}.json", result)
+    kept = home("an4-bundles", f"{'small-' * a.small}{a.seed}")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(bundle, kept)
 
 
-def summarise():
-    seeds = [read_json(p) for p in sorted(OUT.glob("seed-*.json"))]
-    if not seeds: raise SystemExit(f"{OUT} holds no seed-N.json; run --seed N --test first")
+def summarise(a):
+    out = out_of(a)
+    seeds = [read_json(p) for p in sorted(out.glob("seed-*.json"))]
+    if not seeds: raise SystemExit(f"{out} holds no seed-N.json; run --seed N --test first")
     if len({json.dumps(s["recipe"]) for s in seeds}) > 1: raise SystemExit("the seeds were trained by different recipes")
     for name in ("test_wer", "test_int8_wer", "test_greedy_wer", "dev_wer"):
         w = [100 * s[name]["wer"] for s in seeds]
         print(f"{name}: mean {np.mean(w):.2f} % over {len(w)} seeds ({min(w):.2f} to {max(w):.2f}), errors {[s[name]['errors'] for s in seeds]} of {seeds[0][name]['words']}")
     best = min(seeds, key=lambda s: (s["dev_int8_wer"]["errors"], s["seed"]))["seed"]
-    model = OUT / "model"
+    model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(home("an4-bundles", str(best)), model, ignore=shutil.ignore_patterns("model.onnx"))
+    shutil.copytree(home("an4-bundles", f"{'small-' * a.small}{best}"), model, ignore=shutil.ignore_patterns("model.onnx"))
     print(f"seed {best} is best on dev: {model.relative_to(OUT.parent.parent.parent)}, {sum(p.stat().st_size for p in model.iterdir()) / 1e6:.1f} MB")
 
 
@@ -132,12 +140,13 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--test", action="store_true")
+    p.add_argument("--small", action="store_true")
     p.add_argument("--trained-at", metavar="COMMIT")
     p.add_argument("--summary", action="store_true")
     p.add_argument("--compare", action="store_true")
     p.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     a = p.parse_args()
-    summarise() if a.summary else compare() if a.compare else run_seed(a)
+    summarise(a) if a.summary else compare() if a.compare else run_seed(a)
 
 
 if __name__ == "__main__": main()

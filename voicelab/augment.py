@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from .core import InputError
 from .audio import SAMPLE_RATE
 from .distort import bandwidth, clipping, gain, opus, pitch, random_room, read_response, reverb, speed, telephone, tempo
-from .noise import add_noise, babble, car_noise, colored_noise, recorded_noise
+from .noise import add_noise, babble, car_noise, clatter, colored_noise, recorded_noise
 
 # %% ../nbs/19_augment.ipynb #aa913fd7
-_KINDS = ("coloured", "car", "babble", "street")
+_KINDS = ("coloured", "car", "babble", "clatter", "street")
 _SHARES = ("noise", "passengers", "silence", "tempo", "pitch", "room", "clipping", "band", "phone", "opus")
 _RANGES = dict(snr_db=(-30, 100), car_kmh=(0, 250), silence_s=(0, 60), tempos=(.5, 2), semitones=(-12, 12), rt60=(.05, 3), distance_m=(.05, 20),
                clip_at=(.001, 1), band_hz=(1000, SAMPLE_RATE / 2), kbps=(6, 128), level_db=(-100, 60))   # what the two ends of each may be
@@ -34,7 +34,7 @@ class Augment:
     "How a training clip is changed: `Augment()(x, rng)` gives another version of x."
     speeds: tuple = (.9, 1., 1.1)        # one of these each time
     noise: float = .3                    # share of clips with noise
-    noises: tuple = ("coloured", "car")  # kinds to draw from: coloured, car, babble (of the other clips), street (the training part of the recording), paths of audio files
+    noises: tuple = ("coloured", "car")  # kinds to draw from: coloured, car, babble (of the other clips), clatter (dishes), street (the training part of the recording), paths of audio files
     snr_db: tuple = (5., 30.)            # range of the ratio
     silence: float = .4                  # share of clips with more silence before and after
     silence_s: tuple = (0., .8)          # range of its length on each side, s
@@ -69,7 +69,7 @@ class Augment:
             if not _pair(v := getattr(self, k), *ends): raise InputError(f"{k} is {v}; it must be two numbers from {ends[0]:g} to {ends[1]:g}, the smaller first")
         if not self.speeds or not all(_pair((v, v), .25, 4) for v in self.speeds): raise InputError(f"speeds are {self.speeds}; they must be numbers from 0.25 to 4, at least one")
         for n in self.noises:                                  # not there, or no sound: an error now, not in the middle of a training
-            if n not in ("coloured", "car", "babble"): recorded_noise(n)
+            if n not in _KINDS[:-1]: recorded_noise(n)
         for r in self.rooms: read_response(r)
 
 # %% ../nbs/19_augment.ipynb #456c0a56
@@ -84,6 +84,7 @@ def background(self: Augment,
     if kind == "coloured": return colored_noise(seconds, rng, rng.uniform(0, 2))
     if kind == "car": return car_noise(seconds, rng, rng.uniform(*self.car_kmh), voices=(clips if len(clips) else [x]) if self.happens("passengers", rng) else ())
     if kind == "babble": return babble(clips if len(clips) else [x], seconds, rng, int(rng.integers(4, 10)))
+    if kind == "clatter": return clatter(seconds, rng)
     return recorded_noise(kind)
 
 @patch

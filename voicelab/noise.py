@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['power', 'one_channel', 'add_noise', 'colored_noise', 'engine_rpm', 'cabin_bands', 'indicator', 'babble', 'car_noise',
-           'noise_files', 'recorded_noise']
+           'clatter', 'noise_files', 'recorded_noise']
 
 # %% ../nbs/15_noise.ipynb #a3a9bfcf
 from functools import lru_cache
@@ -153,6 +153,43 @@ def car_noise(
     if rng.random() < 1 / 6 if blinks is None else blinks: x = x + indicator(seconds, rng) * 10 ** (rng.uniform(64, 74) / 20)
     if len(voices): x = x + babble(voices, seconds, rng, int(rng.integers(2, 4))) * (10 * 10 ** (rng.uniform(62, 72) / 20))
     return (x * (.1 / max(x.std(), 1e-9))).astype(np.float32) if n else np.zeros(0, np.float32)
+
+# %% ../nbs/15_noise.ipynb #c1a77e02
+@lru_cache(maxsize=1)
+def _knocks() -> list:
+    "Two hundred struck things, each up to 0.6 s long, with a peak of 1; always the same."
+    rng, out = np.random.default_rng(0), []
+    for _ in range(200):
+        lowest, modes = np.exp(rng.uniform(np.log(250), np.log(3000))), int(rng.integers(4, 11))
+        f = lowest * np.cumprod(np.concatenate([[1], rng.uniform(1.1, 1.7, modes - 1)]))
+        fade = np.exp(rng.uniform(np.log(.008), np.log(.09))) * (lowest / f) ** rng.uniform(.2, 1)          # s until a tone is 1/e of itself
+        size = np.exp(rng.normal(0, .8, modes)) * (f < .48 * SAMPLE_RATE)
+        t = np.arange(int(min(.6, 7 * fade.max()) * SAMPLE_RATE))[None] / SAMPLE_RATE
+        x = (size[:, None] * np.exp(-t / fade[:, None]) * np.sin(2 * np.pi * f[:, None] * t + rng.uniform(0, 6.28, modes)[:, None])).sum(0)
+        click = rng.standard_normal(min(int(rng.uniform(.001, .006) * SAMPLE_RATE), len(x)))
+        x[:len(click)] += rng.uniform(0, 2) * np.abs(size).max() * click * np.linspace(1, 0, len(click))
+        out.append((x / np.abs(x).max()).astype(np.float32))
+    return out
+
+def clatter(
+    seconds: float,
+    rng: np.random.Generator,
+    per_second: float | None = None,   # groups of knocks; None: 1 to 8 at random
+) -> np.ndarray:
+    "Dishes and cutlery: groups of knocks over a softer steady sound; a standard deviation of 0.1."
+    if not 0 <= seconds <= 3600 or per_second is not None and not 0 < per_second <= 50: raise InputError(f"clatter of {seconds!r} s with {per_second!r} groups a second; allowed are 0 to 3600 s, and above 0 to 50")
+    n, bank = int(seconds * SAMPLE_RATE), _knocks()
+    out = colored_noise(max(n, 1) / SAMPLE_RATE, rng, rng.uniform(0, 1.5))[:n] * np.float32(10 ** rng.uniform(-1.2, .3))
+    groups = max(1, rng.poisson(seconds * (np.exp(rng.uniform(0, np.log(8))) if per_second is None else per_second)))
+    for at in rng.uniform(0, max(n, 1), groups) if n else ():
+        loud = np.exp(rng.normal(0, .5))
+        for i in rng.integers(len(bank), size=rng.integers(1, 5)):
+            x = bank[i]
+            start = int(at)
+            part = x[:max(n - start, 0)]
+            out[start:start + len(part)] += np.float32(loud * np.exp(rng.normal(0, .5))) * part
+            at += rng.exponential(.12) * SAMPLE_RATE
+    return (out * (.1 / max(out.std(), 1e-9))).astype(np.float32) if n else out
 
 # %% ../nbs/15_noise.ipynb #7053b9eb
 _NOISES = dict(street="street_cars_bike.flac", kitchen="kitchen.flac")
