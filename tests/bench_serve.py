@@ -179,7 +179,7 @@ def swaps(url, folder, registry, clip):
 def harm(url, pid, n):
     "Uploads that are broken, lie or mean harm: those with a 5xx, those of more than 25 s, megabytes more afterwards."
     def one(i):
-        body, kind = hostile(np.random.default_rng(i))
+        body, kind, _ = hostile(np.random.default_rng(i))
         start = time.perf_counter()
         try: status = httpx.post(url + "/v1/audio/transcriptions", content=body, headers={"content-type": kind}, timeout=60).status_code
         except httpx.HTTPError: status = 599                                   # no answer is as bad

@@ -13,6 +13,7 @@ __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_ve
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, sys
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def cmd_data_consistency(a):
 def cmd_data_suspects(a):
     "labels that are probably wrong: those that models which have not learnt them believe least"
     from voicelab.consistency import out_of_fold, suspects_html
-    ranked = out_of_fold(_split_of(a), a.out, _train_config(a.parameter), a.folds, a.init)
+    ranked = out_of_fold(_split_of(a), a.out, _train_config(a.parameter, a.init), a.folds, a.init)
     ranked.to_csv(Path(a.out)/"suspects.csv", index=False)
     top = ranked.head(a.top)
     if a.html: write_text(a.html, _page(f"Suspect labels of {a.manifest}", f"The {len(top)} labels of {len(ranked)} that models which have not learnt them believe least.", suspects_html(top)))
@@ -164,7 +165,7 @@ def cmd_data_suspects(a):
 def cmd_data_curve(a):
     "what more data would bring: the same training on growing parts of it, and the law that they follow"
     from voicelab.curve import forecast, grow, held_back, in_words
-    cfg, target = _train_config(a.parameter), a.target / 100
+    cfg, target = _train_config(a.parameter, a.init), a.target / 100
     if not 0 < target < 1: raise InputError(f"target is {a.target:g}; it must be a word error rate between 0 and 100 percent")
     measured = grow(_manifest(a.manifest), a.out, cfg, a.shares, a.init)
     measured.to_csv(Path(a.out)/"curve.csv", index=False)
@@ -175,13 +176,15 @@ def cmd_data_curve(a):
     if checked: print("from half of the data {predicted:.1%} ({lo:.1%} to {hi:.1%}) was to be expected of all of it; measured: {measured:.1%}".format(**checked))
     print(in_words(found, target))
 
-def _train_config(parameters):
-    "name=value texts as a `TrainConfig`."
+def _train_config(parameters, init=None):
+    "name=value texts as a `TrainConfig`; the learning rate by rule where it is not given."
     from voicelab.pipeline import _typed
-    from voicelab.train import TrainConfig
+    from voicelab.train import TrainConfig, usual_lr
     given, known, default = _pairs(parameters), TrainConfig.__dataclass_fields__, TrainConfig()
     if bad := [k for k in given if k not in known]: raise InputError(f"training has no parameter {bad[0]!r}; it has {', '.join(known)}")
-    return TrainConfig(**{k: _typed(k, v, getattr(default, k)) for k, v in given.items()})
+    typed = {k: _typed(k, v, getattr(default, k)) for k, v in given.items()}
+    cfg = TrainConfig(**typed)
+    return cfg if "lr" in typed else replace(cfg, lr=usual_lr(init, cfg.encoder, cfg.batch_seconds))
 
 def _learnable(a):
     "The manifest to train on: every row is checked, but for a dataset version, whose rows were when it was made."
@@ -201,7 +204,7 @@ def _learnable(a):
 def cmd_train(a):
     "train from scratch or fine-tune"
     from voicelab.train import train
-    cfg = _train_config(a.parameter)
+    cfg = _train_config(a.parameter, a.init)
     _print(train(_learnable(a), a.out, cfg, init=a.init), a.json)
 
 def cmd_runs_list(a):
@@ -237,11 +240,13 @@ def cmd_runs_compare(a):
 def cmd_sweep(a):
     "many trainings with other settings; the ranked table is written to OUT/sweep.csv"
     from voicelab.sweep import parse_space, sweep
-    from voicelab.train import TrainConfig
+    from voicelab.train import TrainConfig, usual_lr
     space = parse_space(a.parameter or [])
     if not space: raise InputError("nothing to try: give -p name=a,b,c or -p name=low..high at least once")
     fixed = {k: v[1][0] for k, v in space.items() if v[0] == "list" and len(v[1]) == 1}
-    _print(sweep(_manifest(a.manifest), a.out, {k: v for k, v in space.items() if k not in fixed}, TrainConfig(**fixed), a.trials, a.init, not a.all), a.json)
+    base = TrainConfig(**fixed)
+    if "lr" not in fixed: base = replace(base, lr=usual_lr(a.init, base.encoder, base.batch_seconds))
+    _print(sweep(_manifest(a.manifest), a.out, {k: v for k, v in space.items() if k not in fixed}, base, a.trials, a.init, not a.all), a.json)
 
 def cmd_lm(a):
     "count a language model from text files, a text a line"
