@@ -2,6 +2,7 @@
 
 Clips of 3 s. Locust (from pip, in an environment of its own) is the load generator: closed loop with 1, 4, 16 and 64 clients, then an open one at half of the
 throughput that was found. It has the same cores as what it measures, so all ratios are of runs in turns; its own CPU time is not counted as the server's.
+The recogniser in process has all cores, the server what the load generator leaves: `ratio_in_process` is the plain ratio of requests/s, `ratio_in_process_fair` the same per core that was left.
 CPU time beyond the recogniser's own is told twice: `overhead_core_ms` takes off what a clip costs in process, one after another without a pause; `beside_recogniser_ms` what the recogniser's two threads used there and then, beside a load generator and with pauses, in which the same work costs more.
 Then an open loop at four times the throughput that was found: what is answered, how soon, with how much memory, and whether all is well five seconds later;
 a new champion and the old one again under load; and the uploads that mean harm of `test_faults.py`, how many took how long and how much memory.
@@ -35,14 +36,19 @@ LIVE = OUT.with_name("live.json")
 LOCUST = "locust==2.43.0"
 CLIENTS = (1, 4, 16, 64)
 LOADS = """
-import itertools, json, os
+import itertools, json, os, time
 from pathlib import Path
 from locust import FastHttpUser, constant_throughput, events, task
 said = []
 @events.request.add_listener
 def note(response_time, response, **more): said.append((response.status_code, response_time, bool(response.headers and response.headers.get("retry-after"))))
+began = []
+@events.test_start.add_listener
+def begin(**more): began[:] = [time.process_time(), time.perf_counter()]
+@events.test_stop.add_listener
+def end(**more): began[:] = [(time.process_time() - began[0]) / (time.perf_counter() - began[1])]
 @events.quitting.add_listener
-def keep(**more): Path(os.environ["SAID"]).write_text(json.dumps(said))
+def keep(**more): Path(os.environ["SAID"]).write_text(json.dumps(dict(said=said, cores=began[0])))
 clips, turn = [p.read_bytes() for p in sorted(Path(os.environ["CLIPS"]).glob("*.wav"))], itertools.count()
 HEAD, TAIL = b'--x\\r\\nContent-Disposition: form-data; name="file"; filename="a.wav"\\r\\nContent-Type: audio/wav\\r\\n\\r\\n', b"\\r\\n--x--\\r\\n"
 class App(FastHttpUser):
@@ -85,7 +91,7 @@ def by_thread(pid):
 
 
 def load(url, clients, seconds, folder, pace=None):
-    "What Locust measured: requests/s, failures, percentiles in ms; `said.json` has status, milliseconds and Retry-After of each answer."
+    "What Locust measured: requests/s, failures, percentiles in ms; the cores that it took itself. `answers` has status, milliseconds and Retry-After of each."
     (folder / "loads.py").write_text(LOADS)
     uv = Path(sys.executable).parent / "uv"
     done = subprocess.run([str(uv), "run", "-q", "--no-project", "--python", sys.executable, "--with", LOCUST, "locust", "-f", str(folder / "loads.py"), "--headless", "-H", url, "-u", str(clients), "-r", str(clients),
@@ -93,7 +99,12 @@ def load(url, clients, seconds, folder, pace=None):
                           capture_output=True, text=True, env=dict(os.environ, CLIPS=str(folder / "clips"), SAID=str(folder / "said.json"), PACE=str(pace / clients) if pace else ""))
     if not (folder / "out_stats.csv").is_file(): raise SystemExit(f"locust failed: {done.stderr[-800:]}")
     r = pd.read_csv(folder / "out_stats.csv").iloc[-1]
-    return dict(requests=int(r["Request Count"]), failures=int(r["Failure Count"]), per_s=float(r["Requests/s"]), p50=float(r["50%"]), p95=float(r["95%"]), p99=float(r["99%"]))
+    return dict(requests=int(r["Request Count"]), failures=int(r["Failure Count"]), per_s=float(r["Requests/s"]), p50=float(r["50%"]), p95=float(r["95%"]), p99=float(r["99%"]), generator_cores=json.loads((folder / "said.json").read_text())["cores"])
+
+
+def answers(folder):
+    "What was answered to the latest load: [status, milliseconds, with Retry-After?]."
+    return json.loads((folder / "said.json").read_text())["said"]
 
 
 @contextmanager
@@ -135,7 +146,7 @@ def in_process(bundle, clips, clients, seconds):
 def overload(url, pid, folder, capacity, seconds):
     "Four times as many requests as can be answered, for a while; then five seconds of rest and one client."
     load(url, 1, 5, folder)
-    calm, mb, done = json.loads((folder / "said.json").read_text()), [used(pid)[1]], threading.Event()
+    calm, mb, done = answers(folder), [used(pid)[1]], threading.Event()
     def watch():
         while not done.wait(1): mb.append(used(pid)[1])
     watcher = threading.Thread(target=watch)
@@ -143,10 +154,10 @@ def overload(url, pid, folder, capacity, seconds):
     r = load(url, 256, seconds, folder, 4 * capacity)
     done.set()
     watcher.join()
-    t = pd.DataFrame(json.loads((folder / "said.json").read_text()), columns=["status", "ms", "retry_after"])
+    t = pd.DataFrame(answers(folder), columns=["status", "ms", "retry_after"])
     time.sleep(5)
     load(url, 1, 5, folder)
-    after = json.loads((folder / "said.json").read_text())
+    after = answers(folder)
     good = t[t.status == 200]
     return dict(asked_per_s=round(4 * capacity, 1), sent_per_s=r["per_s"], seconds=seconds, statuses={str(k): int(v) for k, v in t.status.value_counts().items()},
                 without_retry_after=int((t.status.isin([429, 503]) & ~t.retry_after).sum()), accepted_per_s=round(len(good) / seconds, 1), accepted_p50_ms=float(good.ms.median()), p95_ms=float(good.ms.quantile(.95)), other_statuses=int((~t.status.isin([200, 429, 503])).sum()),
@@ -246,11 +257,13 @@ def main():
     own = closed[closed.what == "in process"].groupby("clients").cpu_ms.mean()
     extra = closed[closed.what == "voicelab"].groupby("clients").cpu_ms.mean() - own
     mine = closed[closed.what == "voicelab"]
+    left = 1 - mine.groupby("clients").generator_cores.mean() / (os.cpu_count() or 1)       # share of the cores that the load generator leaves to the server
+    fair = (speed.voicelab / speed["in process"]).groupby("clients").mean() / left
     beside = (mine.cpu_ms - mine.recogniser_cpu_ms).groupby(mine.clients).mean()
     alone = closed[closed.clients == 1].groupby("what").p95.mean()
     served = closed[closed.what == "voicelab"].groupby("clients")[["per_s", "p50", "p95", "p99"]].mean().round(1).rename(columns=dict(per_s="rps", p50="p50_ms", p95="p95_ms", p99="p99_ms"))
     live = json.loads(LIVE.read_text()) if LIVE.is_file() else None
-    said = dict(clients=served.to_dict("index"), ratio_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), ratio_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
+    said = dict(clients=served.to_dict("index"), ratio_in_process=(speed.voicelab / speed["in process"]).groupby("clients").mean().round(3).to_dict(), ratio_in_process_fair=fair.round(3).to_dict(), ratio_fastapi=(speed.voicelab / speed.fastapi).groupby("clients").mean().round(3).to_dict(),
                 overhead_core_ms=extra.round(2).to_dict(), beside_recogniser_ms=beside.round(2).to_dict(), failures=int(closed.failures.sum()), p95_alone_ms=float(alone["voicelab"]), p95_allowed_ms=float(1.5 * alone["in process"] + 10), unloaded_p95_excess_ms=float(alone["voicelab"] - 1.5 * alone["in process"]),
                 overload=too_much, swap_failed=swapped["failed"], swap=swapped, hostile=harmed, hour=long,
                 stream=live and dict(first_partial_p95_ms={k: live[k]["first_words_ms"]["p95"] for k in ("realtime", "vosk")}, final_p95_ms=live["realtime"]["final_after_end_ms"]["p95"], commit=live["commit"]))
