@@ -314,7 +314,7 @@ _LEVERS = dict(
     pitch_hz=("collect", "collect or synthesise voices of this pitch"), region=("collect", "collect clips from this region"), duration=("augment", "train on clips of this length: join short ones or cut long ones"),
     words=("collect", "train on sentences of this length"), speech_share=("augment", "more or less silence around the speech in training"), source=("relabel", "check how this source was recorded and labelled"))
 
-_NOISY = dict(noise=.85, noises=["street", "babble", "car", "coloured"], snr_db=[-5., 15.])
+_NOISY = dict(noise=.85, noises=["street", "babble", "clatter", "car", "coloured"], snr_db=[-5., 15.])
 
 def remedy(
     what: str,   # of `priorities`: "tag = value"
