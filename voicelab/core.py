@@ -146,8 +146,8 @@ def write_jsonl(
     path,  # file to write
     rows,  # iterable of dicts
 ) -> Path:
-    "Write one JSON object a line, whole or not at all."
-    return write_text(path, "".join(json.dumps(r, ensure_ascii=False, default=_plain) + "\n" for r in rows))
+    "Write one JSON object a line, whole or not at all; numbers that are not finite become null."
+    return write_text(path, "".join(json.dumps(_finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
 def read_jsonl(
     path,  # file to read
@@ -171,7 +171,7 @@ def append_jsonl(
 ):
     "Add one line to a JSONL file."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+    with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/00_core.ipynb #227babc4
 def sha256_bytes(
