@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from conftest import connect
+from conftest import connect, processes, state_with
 from websockets.exceptions import ConnectionClosed
 
 from voicelab.audio import wav_bytes
@@ -158,6 +158,21 @@ def test_sigterm_under_load(toy_home, monkeypatch, request):
     assert [l["left"] for l in map(json.loads, server.err) if l["event"] == "drained"] == [0]
     monkeypatch.setenv("VOICELAB_HOME", str(toy_home))
     assert {r.headers["x-request-id"] for r in done} <= set(RequestLog().rows().request_id)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_server_of_a_dead_program_stops(toy_home, tmp_path):
+    "A program that had started a server, a notebook for example, is killed: the server does not stay."
+    home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
+    program = subprocess.Popen([sys.executable, "-c", "import time\nfrom voicelab.server import server\nwith server() as url: print(url, flush=True); time.sleep(600)"],
+                               stdout=subprocess.PIPE, text=True, env=dict(os.environ, VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="off"))
+    url = program.stdout.readline().strip()
+    assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
+    program.kill()
+    program.wait()
+    end = time.time() + 90
+    while processes(home) and time.time() < end: time.sleep(.2)
+    assert processes(home) == []
 
 
 def test_alerts_name_real_metrics():

@@ -71,9 +71,9 @@ backend app
 # %% ../nbs/04_front.ipynb #d3e4f5a6
 _LIBC = ctypes.CDLL(None)
 
-def _with_parent():
-    "On Linux: be killed when the thread that started us ends, with its process or before."
-    _LIBC.prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+def _with_parent(told=signal.SIGKILL):
+    "On Linux: get a signal when the thread that started us ends, with its process or before."
+    if sys.platform == "linux": _LIBC.prctl(1, told)      # PR_SET_PDEATHSIG
 
 def start_front(
     folder,  # a folder that nobody else can enter, where the Unix socket app.sock is, and tls.pem and tls.pem.key for HTTPS
@@ -91,7 +91,7 @@ def start_front(
     (folder/"front.sock").unlink(missing_ok=True)
     (folder/"front.cfg").write_text(front_config(folder, host, port, tls))
     with open(folder/"front.log", "wb") as log:
-        front = subprocess.Popen([program, "-db", "-f", str(folder/"front.cfg")], stdout=log, stderr=log, process_group=0, preexec_fn=_with_parent if sys.platform == "linux" else None)
+        front = subprocess.Popen([program, "-db", "-f", str(folder/"front.cfg")], stdout=log, stderr=log, process_group=0, preexec_fn=_with_parent)
     for _ in range(500):
         if front.poll() is not None: raise InputError(f"the front did not start: {(folder/'front.log').read_text(errors='replace').strip()[-800:]}")
         if (folder/"front.sock").exists(): return front

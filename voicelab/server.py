@@ -8,13 +8,14 @@ __all__ = ['make_service', 'run_server', 'server']
 # %% ../nbs/37_server.ipynb #7db85c57
 import asyncio, logging, os, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import uvicorn
 
 from .core import InputError, free_port, home, setting
-from .front import KeptFront, front_answers
+from .front import KeptFront, _with_parent, front_answers
 from .keys import Keys
 from .live import add_live
 from .observe import Lines, Spans
@@ -238,13 +239,13 @@ def server(
     wait: float = 300,  # seconds to wait until it is ready
     python: str = sys.executable,  # interpreter, of this or of another environment
 ):
-    "Run the server in a process of its own; yields its base URL."
+    "Run the server in a process of its own, which stops with this one however it ends; yields its base URL."
     port = port or free_port()
     with tempfile.TemporaryDirectory() as tmp:
         log = Path(tmp)/"server.log"
         with open(log, "wb") as out:
             proc = subprocess.Popen([python, "-c", f"from voicelab.server import run_server; run_server('127.0.0.1', {port}, {model!r})"],
-                                    stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True)
+                                    stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True, preexec_fn=partial(_with_parent, signal.SIGTERM))
         try:
             cert = (os.environ | (env or {})).get("VOICELAB_TLS_CERT")
             url = f"http{'s' if cert else ''}://127.0.0.1:{port}"
