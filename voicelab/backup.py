@@ -71,6 +71,7 @@ def _data_files() -> list:
             if "withdrawn" in read_json(meta): continue
             files.append(meta.with_name("manifest.jsonl"))
             blobs |= {(meta.parent/r["audio_filepath"]).resolve() for r in read_jsonl(files[-1])}
+            files += [f for f in [meta.with_name("quarantined.jsonl")] if f.is_file()]        # what an import set aside, and why
         return files + sorted(blobs)
 
 def _label_files(staging: Path, audio: Path) -> dict:
