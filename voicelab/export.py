@@ -189,7 +189,7 @@ def check_bundle(
     df: pd.DataFrame,  # clips with audio_filepath and text
     max_mb: float = 100.0,  # size allowed for the float file
     tolerance: float = 1e-3,  # largest difference of a log-probability
-    int8_points: float = 0.2,  # WER that int8 may cost, in points, beyond noise (paired bootstrap)
+    int8_points: float = 1.0,  # WER that int8 may cost, in points, beyond noise (paired bootstrap)
 ) -> pd.DataFrame:  # check, ok, value, detail
     "Compare a bundle with the model it came from, with itself in batches, in int8 and in another runtime."
     import torch
