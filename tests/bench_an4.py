@@ -35,7 +35,7 @@ RECIPE = dict(epochs=66, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride
               augment=dict(noise=.1, room=0.0, phone=0.0, silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
 
 
-SMALL = dict(dim=118, teacher="reports/benchmarks/an4/model", teach=.5)   # it learns from the large one, as well as from the texts
+SMALL = dict(dim=118, epochs=100, lr=1.5e-3, dropout=.05, masks=.5, teacher="reports/benchmarks/an4/model", teach=.7)   # it learns from the large one, as well as from the texts
 
 
 def spoken_english():
