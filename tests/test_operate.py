@@ -161,11 +161,12 @@ def test_sigterm_under_load(toy_home, monkeypatch, request):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
-def test_server_of_a_dead_program_stops(toy_home, tmp_path):
+def test_server_of_a_dead_program_stops(toy_home, tmp_path, request):
     "A program that had started a server, a notebook for example, is killed: the server does not stay."
     home = state_with(toy_home / "registry" / "voicesearch" / "1", tmp_path)
     program = subprocess.Popen([sys.executable, "-c", "import time\nfrom voicelab.server import server\nwith server() as url: print(url, flush=True); time.sleep(600)"],
                                stdout=subprocess.PIPE, text=True, env=dict(os.environ, VOICELAB_HOME=str(home), VOICELAB_LOG_LEVEL="off"))
+    request.addfinalizer(program.kill)
     url = program.stdout.readline().strip()
     assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
     program.kill()

@@ -12,7 +12,7 @@ __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_ve
            'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
-import argparse, os, sys
+import argparse, os, re, sys
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -110,11 +110,14 @@ def cmd_data_coverage(a):
     "a corpus in figures, and what its training part lacks of what the scope forecasts"
     from voicelab.scope import load_scope, scope_for
     from voicelab.verify import card, coverage, inspect
-    table, scope = _manifest(a.source), load_scope(a.scope) if a.scope else scope_for(Path(a.source).stem)
+    table, name = _manifest(a.source), Path(a.source).stem if Path(a.source).is_file() else re.sub(r"-[0-9a-f]{12}$", "", Path(a.source).name)      # a version is named after its corpus
+    if "text" not in table: raise InputError(f"{a.source} has no texts; coverage is of what is said")
+    scope = load_scope(a.scope) if a.scope else scope_for(name)
     split = a.split or ("train" if (table.split == "train").any() else table.split.iloc[0])
     own = table[table.split == split].reset_index(drop=True)
     if not len(own): raise InputError(f"no rows of split {split!r}; there are: {', '.join(sorted(set(table.split)))}")
-    expected = Path(a.texts).read_text(encoding="utf-8").splitlines() if a.texts else table.text[table.split != split] if (table.split != split).any() else own.text
+    try: expected = Path(a.texts).read_text(encoding="utf-8").splitlines() if a.texts else table.text[table.split != split] if (table.split != split).any() else own.text
+    except (OSError, UnicodeDecodeError) as e: raise InputError(f"{a.texts} cannot be read as UTF-8 text: {e}") from None
     lacking, facts = coverage(own, inspect(own), expected, scope), card(table)
     if a.json: return _print(dict(card=facts, split=split, coverage=lacking), True)
     parts = ", ".join(f"{k} {d['clips']}" for k, d in facts["splits"].items())
@@ -204,7 +207,8 @@ def _learnable(a):
 def cmd_train(a):
     "train from scratch or fine-tune"
     from voicelab.train import train
-    cfg = _train_config(a.parameter, a.init)
+    cfg, known = _train_config(a.parameter, a.init), Path(a.out)/"run.json"
+    if known.is_file() and "lr" not in _pairs(a.parameter): cfg = replace(cfg, lr=read_json(known)["train"]["lr"])            # it goes on as it began
     _print(train(_learnable(a), a.out, cfg, init=a.init), a.json)
 
 def cmd_runs_list(a):

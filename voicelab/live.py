@@ -143,6 +143,14 @@ def _ending(service: Service, seen: dict):
     if service.draining: return 1012, "the server restarts; connect again"
     if time.perf_counter() - seen["start"] > setting("SESSION_SECONDS"): return 1001, f"a session lasts {setting('SESSION_SECONDS'):g} s at most; connect again"
 
+async def _say(ws: WebSocket, body: dict):
+    "Send an object; raises `TimeoutError` when the other side has read nothing for too long."
+    await asyncio.wait_for(ws.send_text(json.dumps(body)), _IDLE)
+
+async def _close(ws: WebSocket, *why):
+    "Say good-bye, without waiting for one who does not listen."
+    with suppress(TimeoutError, RuntimeError): await asyncio.wait_for(ws.close(*why), 5)
+
 async def _messages(ws: WebSocket, service: Service, seen: dict):
     "Yield texts and bytes until the other side leaves or falls silent, or the stream must end."
     since, coming = time.monotonic(), None
@@ -155,7 +163,7 @@ async def _messages(ws: WebSocket, service: Service, seen: dict):
                 if message["type"] == "websocket.disconnect": return
                 yield message["text"] if message.get("text") is not None else message.get("bytes") or b""
             elif time.monotonic() - since > _IDLE:
-                await ws.close(1001, f"nothing came for {_IDLE} s")
+                await _close(ws, 1001, f"nothing came for {_IDLE} s")
                 return
     finally:
         if coming: coming.cancel()
@@ -212,7 +220,7 @@ class _Realtime:
 
     def _stream(self, words=None): return Stream(self.service, self.seen, Listener(self.rate, self.rules, min(600, setting("MAX_SECONDS"))), words)
 
-    async def send(self, type, **fields): await self.ws.send_text(json.dumps(dict(type=type, event_id=f"event_{secrets.token_hex(8)}", **fields)))
+    async def send(self, type, **fields): await _say(self.ws, dict(type=type, event_id=f"event_{secrets.token_hex(8)}", **fields))
 
     def session(self):
         turn = self.rules and dict(type="server_vad", threshold=self.rules.threshold, prefix_padding_ms=self.rules.prefix_ms, silence_duration_ms=self.rules.silence_ms)
@@ -232,7 +240,7 @@ class _Realtime:
                 await self.send("error", error=error_fields(e) | dict(event_id=name if isinstance(name, str) else None))
         if ending := _ending(self.service, self.seen):
             async for e in self.stream.commit(): await self.tell(e)
-            await self.ws.close(*ending)
+            await _close(self.ws, *ending)
 
     async def handle(self, event):
         kinds = {"session.update": self.update, "input_audio_buffer.append": self.append, "input_audio_buffer.commit": self.commit, "input_audio_buffer.clear": self.clear}
@@ -348,13 +356,13 @@ class _Vosk:
         async for message in _messages(self.ws, self.service, self.seen):
             try:
                 if isinstance(message, bytes): await self.audio(message)
-                elif not await self.control(_object(message, "the message")): return await self.ws.close()
+                elif not await self.control(_object(message, "the message")): return await _close(self.ws)
             except (ApiError, InputError, RecursionError) as e:
-                await self.ws.send_text(json.dumps(dict(error=error_fields(e))))
-                return await self.ws.close(1011 if getattr(e, "status", 400) >= 500 else 1008)
+                await _say(self.ws, dict(error=error_fields(e)))
+                return await _close(self.ws, 1011 if getattr(e, "status", 400) >= 500 else 1008)
         if ending := _ending(self.service, self.seen):
             with suppress(ApiError): await self.control(dict(eof=1))
-            await self.ws.close(*ending)
+            await _close(self.ws, *ending)
 
     async def last(self) -> list:
         "The final of what was said so far; raises `ApiError`."
@@ -369,9 +377,9 @@ class _Vosk:
         if "config" in given:
             last = await self.last()
             self.configure(given["config"])
-            if any(e["result"]["text"] for e in last): await self.ws.send_text(json.dumps(self.result(last)))       # what was said before the settings changed
+            if any(e["result"]["text"] for e in last): await _say(self.ws, self.result(last))       # what was said before the settings changed
         if "eof" in given or "reset" in given:
-            await self.ws.send_text(json.dumps(self.result(await self.last())))
+            await _say(self.ws, self.result(await self.last()))
             self.partial = ""
         return "eof" not in given
 
@@ -396,7 +404,7 @@ class _Vosk:
             if e["kind"] == "final": finals, self.partial = finals + [e], ""
             elif e["kind"] == "failed": raise _failure(e)
             elif e["kind"] == "partial": self.partial = e["text"]
-        await self.ws.send_text(json.dumps(self.result(finals) if finals else dict(partial=self.partial)))
+        await _say(self.ws, self.result(finals) if finals else dict(partial=self.partial))
 
     def result(self, finals) -> dict:
         "vosk's result of the utterances that ended; more than one when a message was long."
@@ -432,12 +440,12 @@ def add_live(
                 try:
                     await ws.accept(seen["protocol"])
                     await kind(ws, service, seen).run()
-                except NobodySpeaks as e: await ws.close(1000, str(e))
-                except WebSocketDisconnect: pass
+                except NobodySpeaks as e: await _close(ws, 1000, str(e))
+                except (WebSocketDisconnect, TimeoutError): pass                       # gone, or as good as gone: its place is free
                 except Exception as e:
                     if WebSocketState.DISCONNECTED in (ws.client_state, ws.application_state): return          # the other side left in the middle of an answer
                     service.lines("error", "failure", request_id=seen["id"], error=type(e).__name__, where=_where(e))
-                    with suppress(RuntimeError): await ws.close(1011, "the server failed")
+                    await _close(ws, 1011, "the server failed")
         app.add_api_websocket_route(path, connect)
     route("/v1/realtime", _Realtime)
     route("/vosk", _Vosk)

@@ -52,7 +52,7 @@ def colored_noise(
 ) -> np.ndarray:
     "Noise of a colour, with a standard deviation of 0.1."
     if not 0 <= seconds <= 3600 or not -4 <= colour <= 4: raise InputError(f"noise of {seconds!r} s and colour {colour!r}; allowed are 0 to 3600 s and -4 to 4")
-    n = int(seconds * SAMPLE_RATE)
+    n = round(seconds * SAMPLE_RATE)
     size = max(-(-n // 1800) * 1800, 1800)
     spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
     spectrum *= np.maximum(np.arange(len(spectrum)), 30 * size / SAMPLE_RATE).astype(np.float32) ** (-colour / 2)  # flat below 30 Hz
@@ -178,7 +178,7 @@ def clatter(
 ) -> np.ndarray:
     "Dishes and cutlery: groups of knocks over a softer steady sound; a standard deviation of 0.1."
     if not 0 <= seconds <= 3600 or per_second is not None and not 0 < per_second <= 50: raise InputError(f"clatter of {seconds!r} s with {per_second!r} groups a second; allowed are 0 to 3600 s, and above 0 to 50")
-    n, bank = int(seconds * SAMPLE_RATE), _knocks()
+    n, bank = round(seconds * SAMPLE_RATE), _knocks()
     out = colored_noise(max(n, 1) / SAMPLE_RATE, rng, rng.uniform(0, 1.5))[:n] * np.float32(10 ** rng.uniform(-1.2, .3))
     groups = max(1, rng.poisson(seconds * (np.exp(rng.uniform(0, np.log(8))) if per_second is None else per_second)))
     for at in rng.uniform(0, max(n, 1), groups) if n else ():

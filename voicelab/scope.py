@@ -85,7 +85,8 @@ def validate_scope(
         if not isinstance(values, dict) or not all(_number(v) and 0 <= v <= 1 for v in values.values()) or sum(values.values()) > 1: raise InputError(f"shares.{tag} is {values!r}; allowed are {{value: share of the traffic}}, shares from 0 to 1 that add up to no more than 1")
     for name, ranges in s.forecast.items():
         if name not in default.forecast: raise InputError(f"forecast.{name} is not measured; allowed are {', '.join(default.forecast)}")
-        for kind, r in ranges.items() if isinstance(ranges, dict) else [("", ranges)]:
+        if not isinstance(ranges, dict): raise InputError(f"forecast.{name} is {ranges!r}; allowed is {{kind: [from, to, share of the traffic]}}")
+        for kind, r in ranges.items():
             if not isinstance(r, (list, tuple)) or len(r) != 3 or not all(map(_number, r)) or not (r[0] < r[1] and 0 <= r[2] <= 1): raise InputError(f"forecast.{name}.{kind} is {r!r}; allowed is [from, to, share of the traffic from 0 to 1]")
     for where in ("baseline", "human"):
         for k, wer in getattr(s, where).items():

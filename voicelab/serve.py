@@ -609,9 +609,10 @@ def _seen(scope, model: str) -> dict:
 
 def _origins() -> list:
     "Addresses of other web pages that may call; raises `InputError` on what is none."
-    given = [o.strip() for o in setting("ORIGINS").split(",") if o.strip()]
+    given = [o.strip().lower() for o in setting("ORIGINS").split(",") if o.strip()]
     for o in given:
-        if not re.fullmatch(r"https?://[^/\s*]+", o): raise InputError(f"setting VOICELAB_ORIGINS has {o!r}; an origin is a scheme and a host, for example https://shop.example")
+        if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?", o) or re.fullmatch(r"https:.*:443|http:.*:80", o):
+            raise InputError(f"setting VOICELAB_ORIGINS has {o!r}; an origin is what a browser sends: scheme, host, and a port that is not the usual one, for example https://shop.example")
     return given
 
 _CLIPS = ("/v1/audio/transcriptions", "/v1/search")
@@ -669,10 +670,11 @@ class Envelope:
             _tell(service, seen, scope["method"], getattr(scope.get("route"), "path", scope["path"] if scope["path"] in _CLIPS else "other"))
 
     def _headers(self, seen, there) -> list:
-        "The headers that every answer has."
+        "The headers that every answer has, but for a browser's question whether another page may call at all."
         ours = {"x-request-id": seen["id"], "x-voicelab-model": seen["model"], "x-voicelab-logged": seen["logged"]} | _SECURITY
         if seen["receipt"]: ours["x-voicelab-receipt"] = seen["receipt"]
-        if setting("TLS_CERT") or setting("BEHIND_PROXY"): ours["strict-transport-security"] = "max-age=31536000"       # once by HTTPS, always by HTTPS (RFC 6797)
+        here = seen["headers"].get("host", "").split(":")[0]
+        if (setting("TLS_CERT") or setting("BEHIND_PROXY")) and here != "localhost" and not here.endswith(".localhost"): ours["strict-transport-security"] = "max-age=31536000"       # once by HTTPS, always by HTTPS (RFC 6797)
         return [(k.encode(), v.encode("latin-1", "replace")) for k, v in ours.items() if k.encode() not in there]
 
 def _tell(service, seen: dict, method: str, route: str):

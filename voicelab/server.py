@@ -23,7 +23,7 @@ from .recognizer import Recognizer
 from .registry import Registry
 from .requestlog import RequestLog
 from .search import HttpSearch, SearchIndex
-from .serve import Metrics, Models, Service, build_app
+from .serve import Metrics, Models, Service, _origins, build_app
 
 # %% ../nbs/37_server.ipynb #07d55caf
 def _load(folder, label: str):
@@ -144,6 +144,7 @@ def _start_ray(folder: str):
 def _check_address(host: str, port: int):
     "Refuse an address that is open to others without keys, or taken."
     if setting("BEHIND_PROXY") and not len(Keys()): raise InputError("BEHIND_PROXY is set, so others come in through the proxy; make an API key first (`voicelab keys add NAME`)")
+    if _origins() and not len(Keys()): raise InputError("ORIGINS is set, so other web pages may call; make an API key first (`voicelab keys add NAME`)")
     if host not in ("127.0.0.1", "::1"):
         if not len(Keys()): raise InputError(f"host {host!r} is open to other machines; make an API key first (`voicelab keys add NAME`), or use 127.0.0.1")
         if not setting("TLS_CERT") and not setting("BEHIND_PROXY"):
@@ -239,7 +240,7 @@ def server(
     wait: float = 300,  # seconds to wait until it is ready
     python: str = sys.executable,  # interpreter, of this or of another environment
 ):
-    "Run the server in a process of its own, which stops with this one however it ends; yields its base URL."
+    "Run the server in a process of its own; yields its base URL. On Linux it stops with the thread that is in here, however that ends."
     port = port or free_port()
     with tempfile.TemporaryDirectory() as tmp:
         log = Path(tmp)/"server.log"

@@ -67,7 +67,7 @@ def sweep(
     drawn = {f"trial-{i:03}": s for i, s in enumerate(_draws(space, trials, seed))}
     configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
     for t, cfg in configs.items():
-        if (out/t/"run.json").exists() and read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
+        if (out/t/"run.json").exists() and asdict(TrainConfig()) | read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
     out.mkdir(parents=True, exist_ok=True)
     table.to_pickle(out/"table.pkl")
     def run(s):

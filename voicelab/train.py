@@ -373,7 +373,9 @@ def _start(init, cfg):
 def _agreed(out, cfg, init, rows):
     "What makes the run this one; refuses a folder that holds another run."
     mine = json.loads(json.dumps(dict(train=asdict(cfg), init=None if init is None else str(init), rows=rows)))
-    if (out/"run.json").exists() and (old := {k: read_json(out/"run.json").get(k) for k in mine}) != mine:
+    old = {k: read_json(out/"run.json").get(k) for k in mine} if (out/"run.json").exists() else mine
+    if old["train"]: old["train"] = asdict(TrainConfig()) | old["train"]            # a run of before has not the settings of today
+    if old != mine:
         raise InputError(f"{out} holds a run with another configuration ({old}); give a new folder or remove it")
     return mine
 

@@ -487,6 +487,7 @@ _SPEAKERS, _HEARD = 100, 20   # speakers, and times that a letter should be hear
 
 def _to_add(have: int, total: int, share: float) -> int:
     "Clips of one kind to add until it has its share of all, itself included."
+    if share >= 1: return total - have                      # all of them: those that are not would have to go
     return max(0, int(np.ceil((share * total - have) / (1 - share) - 1e-9)))
 
 def _said(texts, n: int) -> pd.Series:
@@ -519,7 +520,7 @@ _TAGS = "accent", "noise", "region", "device", "hour"    # asked after even wher
 def _tag_coverage(df, shares: dict):
     "Clips by tag, beside the shares that the scope forecasts."
     for tag in dict.fromkeys([*shares, *_TAGS]):
-        counts = df[tag].fillna("").astype(str).replace("", "(none)").value_counts() if tag in df else pd.Series(dtype=int)
+        counts = df[tag].astype(object).where(df[tag].notna(), "").astype(str).replace("", "(none)").value_counts() if tag in df else pd.Series(dtype=int)
         for value, share in shares.get(tag, {}).items():
             have = int(counts.get(value, 0))
             yield tag, value, have, int(np.ceil(share * len(df))), _to_add(have, len(df), share), f"{have / len(df):.1%} of the clips, forecast {share:.0%}"
