@@ -257,7 +257,8 @@ def main():
     own = closed[closed.what == "in process"].groupby("clients").cpu_ms.mean()
     extra = closed[closed.what == "voicelab"].groupby("clients").cpu_ms.mean() - own
     mine = closed[closed.what == "voicelab"]
-    left = 1 - mine.groupby("clients").generator_cores.mean() / (os.cpu_count() or 1)       # share of the cores that the load generator leaves to the server
+    taken = mine.groupby("clients").generator_cores.mean()
+    left = 1 - taken / np.minimum(taken.index, os.cpu_count() or 1)       # what the load generator leaves: of all cores, or, where one client waits for each answer, of the time
     fair = (speed.voicelab / speed["in process"]).groupby("clients").mean() / left
     beside = (mine.cpu_ms - mine.recogniser_cpu_ms).groupby(mine.clients).mean()
     alone = closed[closed.clients == 1].groupby("what").p95.mean()
