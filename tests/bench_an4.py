@@ -65,7 +65,7 @@ def run_seed(a):
     change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     table = import_corpus("an4")
     cfg = TrainConfig(**{**RECIPE, **(SMALL if a.small else {}), "seed": a.seed, **change})
-    run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{a.trained_at or git_commit()}")
+    run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{(commit := a.trained_at or git_commit())}")     # now: in half an hour the tree may be another
     if a.trained_at and not (run / "metrics.json").is_file(): raise SystemExit(f"{run} holds no finished run")
     metrics = train(table[table.split.isin(["train", "dev"])], run, cfg)
     curve = pd.read_csv(run / "curve.csv")
@@ -85,7 +85,7 @@ def run_seed(a):
             t = summary(evaluate(rows, recognizer)).iloc[0]
             result[f"{split}_{name}wer"] = dict(wer=t.wer, lo=t.lo, hi=t.hi, cer=t.cer, errors=int(t.errors), words=int(t.words))
             print(f"{split} {name or 'with the language model '}WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", flush=True)
-    result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), trained_at=a.trained_at or git_commit(), date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
+    result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), trained_at=commit, date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
     result = json.loads(json.dumps(result, default=float))
     write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed={**(SMALL if a.small else {}), **change}))
     if not a.test: return print(json.dumps(result, indent=1))

@@ -22,7 +22,7 @@ from .augment import Augment
 from .core import InputError, git_commit, home, read_json, setting, write_json
 from .decode import Fusion, align, greedy, word_spans
 from .evaluate import TorchRecognizer, error_table, evaluate
-from .features import FEATURES, fbank
+from .features import fbank
 from .lm import adapt_lm, load_lm, save_lm
 from .loader import Clips, Splicer, all_rows, loader, quietest, row_names
 from .model import CTCModel, ModelConfig, base_dir, load_model, new_model, save_model, valid
@@ -143,14 +143,14 @@ def teacher(
     folder,  # of an exported model
     model: CTCModel,  # who learns
 ):  # function of features (N, T, F) and their lengths → (N, S, V) log-probabilities
-    "The ear of a teacher; raises `InputError` when it hears other features or makes other steps."
+    "The ear of a teacher; raises `InputError` when it hears other features, makes other steps or writes other units."
     file = next((f for f in (Path(folder)/"model.onnx", Path(folder)/"model.int8.onnx") if f.is_file()), None)
     if not file: raise InputError(f"the teacher {folder} has neither model.onnx nor model.int8.onnx; a teacher is the folder of an exported model")
     theirs, options = read_json(file.with_name("config.json")), ort.SessionOptions()
     options.intra_op_num_threads = setting("THREADS")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")                # it shares the cores with who learns
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    for what, a, b in (("features", theirs["features"], model.cfg.features), ("stride", theirs["decoder"]["stride"], model.cfg.stride)):
+    for what, a, b in (("features", theirs["features"], model.cfg.features), ("stride", theirs["decoder"]["stride"], model.cfg.stride), ("units", theirs["units"], model.cfg.vocab)):
         if a != b: raise InputError(f"the teacher {folder} has {what} {a}, the model to train {b}; they must be the same")
     return lambda x, lens: torch.from_numpy(session.run(["log_probs"], dict(x=x.cpu().numpy(), x_lens=lens.cpu().numpy()))[0]).to(x.device)
 
