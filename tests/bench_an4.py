@@ -6,7 +6,8 @@
     python tests/bench_an4.py --set epochs=20      # another recipe, to try
     python tests/bench_an4.py --seed 0 --trained-at COMMIT   # the run that this very command made at another commit, decoded and measured anew
     python tests/bench_an4.py --summary            # mean and range of the seeds, and the bundle of the seed that is best on dev
-    python tests/bench_an4.py --compare            # all runs on dev: what was changed, errors, size, speed on one core; tried.json and trade-off.png
+    python tests/bench_an4.py --ablate [N ...]     # the small model for 25 epochs, and what becomes of it when one thing is changed (all rows, or those of these numbers)
+    python tests/bench_an4.py --compare            # all runs on dev, and the kept models: what was changed, errors, size, speed on one core; tried.json and trade-off.png
 """
 import argparse, ast, itertools, json, os, platform, shutil, sys, time
 from dataclasses import replace
@@ -36,6 +37,9 @@ RECIPE = dict(epochs=66, batch_seconds=30, lr=1e-3, warmup=0.05, plain=4, stride
 
 
 SMALL = dict(dim=118, epochs=100, lr=1.5e-3, dropout=.05, masks=.5, teacher="reports/benchmarks/an4/model", teach=.7)   # it learns from the large one, as well as from the texts
+SHORT = dict(epochs=25, average=6, teacher="")
+ABLATED = [dict(), dict(seed=1), dict(phones=0.), dict(splice=0.), dict(augment=RECIPE["augment"] | dict(speeds=[1.])), dict(masks=0.), dict(masks=1.), dict(plain=0), dict(stride=2), dict(average=1), dict(teacher=SMALL["teacher"]),
+           dict(consistency=.2), dict(batch_seconds=60), dict(dropout=.2), dict(augment=RECIPE["augment"] | dict(noise=.5, room=.3)), dict(dim=64), dict(dim=180), dict(dim=256), dict(layers=2), dict(stride=3)]
 
 
 def spoken_english():
@@ -61,8 +65,7 @@ def tuned(recognizer, rows):
 def out_of(a): return OUT / "small" if a.small else OUT
 
 
-def run_seed(a):
-    change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
+def run_seed(a, change, named=None):
     table = import_corpus("an4")
     cfg = TrainConfig(**{**RECIPE, **(SMALL if a.small else {}), "seed": a.seed, **change})
     run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{(commit := a.trained_at or git_commit())}")     # now: in half an hour the tree may be another
@@ -77,7 +80,7 @@ def run_seed(a):
     config["decoder"]["lm"] |= lm
     write_json(bundle / "config.json", config)
     sure = calibrate(bundle, dev, most=len(dev))
-    result = dict(seed=a.seed, minutes=round(curve.seconds.sum() / 60, 1), minutes_to_5_percent_dev=round(curve.seconds[:good[0] + 1].sum() / 60, 1) if len(good) else None,
+    result = dict(seed=cfg.seed, minutes=round(curve.seconds.sum() / 60, 1), minutes_to_5_percent_dev=round(curve.seconds[:good[0] + 1].sum() / 60, 1) if len(good) else None,
                   parameters=metrics["parameters"], clips=metrics["clips"], recipe={**RECIPE, **(SMALL if a.small else {}), **change}, lm=lm, lm_tried_on_dev=tried, confidence=sure["confidence"])
     for split in ["dev", "test"] if a.test else ["dev"]:
         rows = table[table.split == split].reset_index(drop=True)
@@ -87,7 +90,7 @@ def run_seed(a):
             print(f"{split} {name or 'with the language model '}WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", flush=True)
     result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), trained_at=commit, date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
     result = json.loads(json.dumps(result, default=float))
-    write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed={**(SMALL if a.small else {}), **change}))
+    write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed={**(SMALL if a.small else {}), **change} if named is None else named))
     if not a.test: return print(json.dumps(result, indent=1))
     write_json(out_of(a) / f"seed-{a.seed}.json", result)
     kept = home("an4-bundles", f"{'small-' * a.small}{a.seed}")
@@ -116,8 +119,10 @@ def compare():
     import matplotlib.pyplot as plt
     table = import_corpus("an4")
     clips = [read_audio(f) for f in table[table.split == "dev"].audio_filepath]
-    found = [(p.parent, read_json(p)) for p in home("runs").glob("bench-an4-*/result.json")]
-    recognizers, seconds = [Recognizer(run / "bundle", "int8", 1, lm="none") for run, _ in found], np.zeros(len(found))
+    found = [(p.parent / "bundle", read_json(p)) for p in home("runs").glob("bench-an4-*/result.json")]
+    for out, name in ((OUT, "the recipe (kept)"), (OUT / "small", "the small recipe (kept)")):
+        if (out / "model").is_dir(): found.append((out / "model", min((read_json(p) for p in out.glob("seed-*.json")), key=lambda s: (s["dev_int8_wer"]["errors"], s["seed"])) | dict(changed={name: ""})))
+    recognizers, seconds = [Recognizer(bundle, "int8", 1, lm="none") for bundle, _ in found], np.zeros(len(found))
     for r in recognizers: r.transcribe(clips[:4])
     for n in range(3):  # in turns: a slow minute is slow for all
         for i, r in enumerate(recognizers):
@@ -125,12 +130,13 @@ def compare():
             for c in clips: r.transcribe([c])
             seconds[i] += time.perf_counter() - start
     heard = 3 * sum(map(len, clips)) / 16000
-    t = pd.DataFrame([dict(changed=", ".join(f"{k} {v}" for k, v in d["changed"].items()) or "the recipe", seed=d["seed"], minutes=d["minutes"], million_parameters=round(d["parameters"] / 1e6, 2), times_real_time=round(heard / s),
+    t = pd.DataFrame([dict(changed=", ".join(f"{k} {v}".strip() for k, v in d["changed"].items()) or "the recipe", seed=d["seed"], minutes=d["minutes"], million_parameters=round(d["parameters"] / 1e6, 2), times_real_time=round(heard / s),
                            greedy=d["dev_greedy_wer"]["errors"], wer=d["dev_wer"]["errors"], int8=d["dev_int8_wer"]["errors"], words=d["dev_wer"]["words"], commit=d["commit"]) for (_, d), s in zip(found, seconds)]).sort_values("int8")
     print(t.to_markdown(index=False))
     write_json(OUT / "tried.json", dict(runs=json.loads(t.to_json(orient="records")), measured_by="python tests/bench_an4.py --compare", commit=git_commit(), date=utc_now()))
     fig, ax = plt.subplots(figsize=(7, 4))
     dots = ax.scatter(t.million_parameters, 100 * t.int8 / t.words, c=t.times_real_time)
+    for _, r in t[t.changed.str.contains("kept")].iterrows(): ax.annotate(r.changed, (r.million_parameters, 100 * r.int8 / r.words), (0, -14), textcoords="offset points", ha="center", fontsize=8)
     ax.set(xscale="log", xlabel="parameters, millions", ylabel="dev WER with the language model, int8, %")
     fig.colorbar(dots, label="times real time, one core, int8, greedy")
     fig.savefig(OUT / "trade-off.png", dpi=120, bbox_inches="tight")
@@ -144,9 +150,14 @@ def main():
     p.add_argument("--trained-at", metavar="COMMIT")
     p.add_argument("--summary", action="store_true")
     p.add_argument("--compare", action="store_true")
+    p.add_argument("--ablate", nargs="*", type=int, metavar="N")
     p.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     a = p.parse_args()
-    summarise(a) if a.summary else compare() if a.compare else run_seed(a)
+    if a.summary: return summarise(a)
+    if a.compare: return compare()
+    if a.ablate is None: return run_seed(a, {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)})
+    a.small = True
+    for n in a.ablate or range(len(ABLATED)): run_seed(a, SHORT | ABLATED[n], {"short": "", **ABLATED[n]})
 
 
 if __name__ == "__main__": main()
