@@ -65,17 +65,18 @@ def recorded(clips, rng):
 def confidence(a, bundle):
     table = make_voicesearch(home("corpora", "base"), BASE, seed=0)
     an4 = import_corpus("an4").query("split == 'dev'")
-    dev = pd.concat([table[table.split == "dev"].sample(150, random_state=a.seed), an4], ignore_index=True)
+    dev = pd.concat([table[table.split == "dev"].sample(400, random_state=a.seed), an4], ignore_index=True)
     made = calibrate(bundle, dev, most=len(dev), seed=a.seed)
     noisy = lambda clips: recorded(clips, np.random.default_rng(a.seed))
-    test = both_ways(Recognizer(bundle), table[table.split == "test"].sample(300, random_state=a.seed), noisy=noisy)
-    raw = test.assign(sure=test.frames)
+    test = both_ways(Recognizer(bundle), table[table.split == "test"].sample(1000, random_state=a.seed), noisy=noisy)
+    raw = test.assign(sure=test.frames, sure_whole=test.groupby(["noise", "clip"]).frames.transform("mean"))
     people = both_ways(Recognizer(bundle), an4, noisy=noisy)
     plot_calibration(test).savefig(OUT / "confidence.png")
+    plot_calibration(utterances(test), of="clips").savefig(OUT / "confidence-clips.png")
     show = lambda t: merits(t).round(4).to_dict("records")
-    folds, whole = people.assign(sure=crossed(people)), lambda t: merits(utterances(t)).rename(columns=dict(words="clips")).round(4).to_dict("records")
+    folds, whole = crossed(people), lambda t: merits(utterances(t)).round(4).to_dict("records")
     return dict(weights=made["confidence"], test_voices=show(test), test_voices_before=show(raw), an4_dev_out_of_fold=show(folds),
-                utterances=dict(test_voices=whole(test), test_voices_before=whole(raw), an4_dev_out_of_fold=whole(folds)))          # right: not one error in the clip
+                utterances=dict(test_voices=whole(test), test_voices_before=whole(raw), an4_dev_out_of_fold=whole(folds)))          # right: not one error in the clip; by_chance: the ece that a perfect confidence would show on so many
 
 
 def main():

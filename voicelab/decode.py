@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'faintest', 'words_of', 'clip_figures', 'make_result',
-           'keyword_text', 'Keywords', 'Fusion', 'load_fusion', 'prefix_beam', 'align', 'agreement', 'log_odds',
-           'Confidence', 'witnesses', 'decode']
+           'keyword_text', 'Keywords', 'Fusion', 'load_fusion', 'prefix_beam', 'align', 'shares', 'agreement',
+           'log_odds', 'Confidence', 'witnesses', 'decode']
 
 # %% ../nbs/24_decode.ipynb #c9cdf745
 import re
@@ -288,14 +288,20 @@ def align(
     return spans
 
 # %% ../nbs/24_decode.ipynb #f1ed33b5
+def shares(
+    found: list,  # of `prefix_beam`
+) -> np.ndarray:  # (readings,) 0..1, their sum is 1
+    "The probability of each reading among these."
+    p = np.exp(np.array([s for _, s in found]) - found[0][1])
+    return p/p.sum()
+
 def agreement(
     found: list,  # of `prefix_beam`
 ) -> np.ndarray:  # (words of the best text,) 0..1
     "Share of the readings' probability that agrees with each word of the best one."
-    share = np.exp(np.array([s for _, s in found]) - found[0][1])
     texts = [decode_ids(ids).split() for ids, _ in found]
     out = np.zeros(len(texts[0]))
-    for text, p in zip(texts, share/share.sum()):
+    for text, p in zip(texts, shares(found)):
         for o in Levenshtein.opcodes(texts[0], text):
             if o.tag == "equal": out[o.src_start:o.src_end] += p
     return out
@@ -308,10 +314,12 @@ def log_odds(p):
 
 @dataclass
 class Confidence:
-    "The probability that a word is right: logistic in what frames and readings say of it."
+    "The probability that a word is right: logistic in what frames and readings say of it; and that a whole text is, in the share of the best reading."
     frames: float     # weight of the log-odds of its least certain unit
     readings: float   # weight of the log-odds of the readings' agreement
     constant: float
+    best: float = 0.  # weight of the log-odds of the best reading's share, for the whole text
+    whole_constant: float = None  # None: not fitted, the mean of its words stands for the text
 
     def __call__(self,
         frames: np.ndarray,    # (n,) probability of the least certain unit of each word
@@ -319,6 +327,12 @@ class Confidence:
     ) -> np.ndarray:           # (n,) 0..1
         "Calibrated confidence of words."
         return 1/(1 + np.exp(-(self.frames*log_odds(frames) + self.readings*log_odds(readings) + self.constant)))
+
+    def whole(self,
+        best: np.ndarray,  # (n,) share of the best reading, from `shares`
+    ) -> np.ndarray:       # (n,) 0..1; None where it was not fitted
+        "Calibrated confidence that a text is right from its first word to its last."
+        return None if self.whole_constant is None else 1/(1 + np.exp(-(self.best*log_odds(best) + self.whole_constant)))
 
 def witnesses(
     log_probs: np.ndarray,  # (T, V) natural logs, T > 0
@@ -335,7 +349,7 @@ def decode(
     keywords: list = None,  # texts to listen for, or `Keywords`
     nbest: int = 0,  # how many readings to list under `nbest`; 0: none
     fusion: Fusion = None,  # a language model
-    confidence: Confidence = None,  # of words that a search has found; by default the probability of the least certain unit
+    confidence: Confidence = None,  # of what a search has found; by default the probability of each word's least certain unit, and their mean
     frame: float = FRAME,  # seconds of an output frame
     start: float = 0.,  # seconds of the clip before the first frame
 ) -> dict:  # as `make_result`, with `nbest` when asked for
@@ -347,7 +361,6 @@ def decode(
     found = prefix_beam(log_probs, beam, keywords or None, fusion)
     spans, frames, readings = witnesses(log_probs, found) if len(log_probs) else ([], [], [])
     result = make_result(log_probs, spans, duration, confidence(frames, readings) if confidence and spans else None, frame, start)
-    if nbest:
-        share = np.exp(np.array([s for _, s in found[:nbest]]) - found[0][1])
-        result["nbest"] = [dict(text=decode_ids(ids), score=round(float(p), 4)) for (ids, _), p in zip(found, share/share.sum())]
+    if confidence and spans and (whole := confidence.whole(shares(found)[0])) is not None: result["confidence"] = round(float(whole), 4)
+    if nbest: result["nbest"] = [dict(text=decode_ids(ids), score=round(float(p), 4)) for (ids, _), p in zip(found, shares(found[:nbest]))]
     return result

@@ -180,7 +180,7 @@ def window_report(
     judged = ok["correct"].dropna() if "correct" in ok else []
     return dict(window=name or str(rows["time"].iloc[-1])[:19].replace(":", ""), made=utc_now(), covers="requests whose people agreed to metrics at least",
         traffic=traffic_figures(rows), latency=latency, errors=errors,
-        confidence=dict(mean=float(conf.mean()), low_share=float((conf < 0.7).mean()), reference=float(reference["confidence"].mean()) if "confidence" in reference else None) if len(conf) else {},
+        confidence=dict(mean=float(conf.mean()), low_share=float((conf < 0.5).mean()), reference=float(reference["confidence"].mean()) if "confidence" in reference else None) if len(conf) else {},
         feedback=dict(judged=len(judged), right=int(sum(map(bool, judged)))), wer=wer,
         drift=_records(drift(reference, ok, vocabulary, **kwargs)), timeline=_records(timeline), note=timeline.attrs["note"], rates=_records(rates),
         words=_records(new_words(ok, vocabulary, reference)) if vocabulary and "text" in ok else [],

@@ -551,14 +551,13 @@ def joined(
     duration: float,  # of the clip, s
     model: str,       # label, if there is no part
 ) -> dict:            # a result as of one clip
-    "One transcript from those of a clip's utterances."
+    "One transcript from those of a clip's utterances; its confidence is the mean of theirs, by duration."
     if not parts: return decode(np.zeros((0, 1), np.float32), duration) | dict(model=model)
     words = [w | dict(start=round(w["start"] + s, 3), end=round(w["end"] + s, 3)) for s, r in parts for w in r["words"]]
-    weights = [r["duration"] for _, r in parts]
-    def mean(name): return round(float(np.average([r[name] for _, r in parts], weights=weights)), 4)
+    def mean(name, parts=parts): return round(float(np.average([r[name] for _, r in parts], weights=[r["duration"] for _, r in parts])), 4)
     units = [[dict(u, token=" " + u["token"].lstrip()) if i == 0 else u for i, u in enumerate(r["logprobs"])] for _, r in parts if r["logprobs"]]
     if units: units[0][0] = dict(units[0][0], token=units[0][0]["token"].lstrip())
-    return dict(text=" ".join(r["text"] for _, r in parts if r["text"]), words=words, confidence=round(float(np.mean([w["confidence"] for w in words])), 4) if words else mean("confidence"),
+    return dict(text=" ".join(r["text"] for _, r in parts if r["text"]), words=words, confidence=mean("confidence", [p for p in parts if p[1]["words"]] or parts),
                 duration=round(duration, 3), entropy=mean("entropy"), blank_share=mean("blank_share"), logprobs=sum(units, []), model=parts[-1][1]["model"])
 
 async def _transcribe(service, reader: AudioReader, piece, **options) -> dict:
