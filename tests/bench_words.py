@@ -65,10 +65,11 @@ def recorded(clips, rng):
 def confidence(a, bundle):
     table = make_voicesearch(home("corpora", "base"), BASE, seed=0)
     an4 = import_corpus("an4").query("split == 'dev'")
-    dev = pd.concat([table[table.split == "dev"].sample(400, random_state=a.seed), an4], ignore_index=True)
+    some = lambda split, n: table[table.split == split].pipe(lambda t: t.sample(min(n, len(t)), random_state=a.seed))
+    dev = pd.concat([some("dev", 400), an4], ignore_index=True)
     made = calibrate(bundle, dev, most=len(dev), seed=a.seed)
     noisy = lambda clips: recorded(clips, np.random.default_rng(a.seed))
-    test = both_ways(Recognizer(bundle), table[table.split == "test"].sample(1000, random_state=a.seed), noisy=noisy)
+    test = both_ways(Recognizer(bundle), some("test", 1000), noisy=noisy)
     raw = test.assign(sure=test.frames, sure_whole=test.groupby(["noise", "clip"]).frames.transform("mean"))
     people = both_ways(Recognizer(bundle), an4, noisy=noisy)
     plot_calibration(test).savefig(OUT / "confidence.png")
