@@ -59,7 +59,7 @@ def evidence(
         _, frames, readings = witnesses(lp, found)
         pairs = list(align(normalize(texts[i]), decode_ids(found[0][0])))
         heard, sure, best = [(h, op == "=") for op, _, h in pairs if h], now(frames, readings), shares(found)[0]
-        if (sure_whole := now.whole(best)) is None: sure_whole = np.mean(sure) if len(sure) else 0.
+        if not heard or (sure_whole := now.whole(best, frames)) is None: sure_whole = np.mean(sure) if heard else 0.
         whole = dict(whole=all(op == "=" for op, _, _ in pairs), best=best, sure_whole=sure_whole)
         rows += [dict(clip=i, person=people[i], word=w, right=r, frames=f, readings=a, sure=s) | whole for (w, r), f, a, s in zip(heard, frames, readings, sure, strict=True)]
     return pd.DataFrame(rows, columns=["clip", "person", "word", "right", "whole", "frames", "readings", "best", "sure", "sure_whole"])
@@ -76,7 +76,12 @@ def _logistic(X, right):
     best = minimize(loss, np.r_[np.full(k, .5), 0.], method="L-BFGS-B", bounds=[(0, None)]*k + [(None, None)])
     return [round(float(v), 4) for v in best.x]
 
-def _clips(table): return table.drop_duplicates([k for k in ("noise", "clip") if k in table])
+def _clips(table):
+    "A row a clip, with the mean log-odds of its words' frames."
+    by = [k for k in ("noise", "clip") if k in table]
+    return table.assign(mean=log_odds(table["frames"].to_numpy(float))).assign(mean=lambda t: t.groupby(by)["mean"].transform("mean")).drop_duplicates(by)
+
+def _whole(clips): return np.c_[log_odds(clips["best"].to_numpy(float)), clips["mean"].to_numpy(float)]
 
 def fit(
     table: pd.DataFrame,  # of `evidence`
@@ -85,7 +90,7 @@ def fit(
     words = _logistic(log_odds(table[["frames", "readings"]].to_numpy(float)), table["right"])
     if words is None: return None
     clips = _clips(table)
-    return Confidence(*words, *(_logistic(log_odds(clips[["best"]].to_numpy(float)), clips["whole"]) or ()))
+    return Confidence(*words, *(_logistic(_whole(clips), clips["whole"]) or ()))
 
 def crossed(
     table: pd.DataFrame,  # of `evidence`
@@ -99,7 +104,8 @@ def crossed(
         if (made := fit(table[fold != f])) is None: continue
         t = table[fold == f]
         out[0, fold == f] = made(t["frames"].to_numpy(float), t["readings"].to_numpy(float))
-        if (whole := made.whole(t["best"].to_numpy(float))) is not None: out[1, fold == f] = whole
+        if made.whole_constant is None: continue
+        out[1, fold == f] = t.groupby([k for k in ("noise", "clip") if k in t])["frames"].transform(lambda frames: made.whole(t["best"][frames.index[0]], frames.to_numpy(float)))
     return table.assign(sure=out[0], sure_whole=out[1])
 
 # %% ../nbs/39_confidence.ipynb #8374e7fc

@@ -314,11 +314,12 @@ def log_odds(p):
 
 @dataclass
 class Confidence:
-    "The probability that a word is right: logistic in what frames and readings say of it; and that a whole text is, in the share of the best reading."
+    "The probability that a word is right: logistic in what frames and readings say of it; and that a whole text is."
     frames: float     # weight of the log-odds of its least certain unit
     readings: float   # weight of the log-odds of the readings' agreement
     constant: float
     best: float = 0.  # weight of the log-odds of the best reading's share, for the whole text
+    mean: float = 0.  # weight of the mean of its words' `frames` log-odds
     whole_constant: float = None  # None: not fitted, the mean of its words stands for the text
 
     def __call__(self,
@@ -329,10 +330,11 @@ class Confidence:
         return 1/(1 + np.exp(-(self.frames*log_odds(frames) + self.readings*log_odds(readings) + self.constant)))
 
     def whole(self,
-        best: np.ndarray,  # (n,) share of the best reading, from `shares`
-    ) -> np.ndarray:       # (n,) 0..1; None where it was not fitted
+        best: float,         # share of the best reading, from `shares`
+        frames: np.ndarray,  # (n,) probability of the least certain unit of each word
+    ) -> float:              # 0..1; None where it was not fitted
         "Calibrated confidence that a text is right from its first word to its last."
-        return None if self.whole_constant is None else 1/(1 + np.exp(-(self.best*log_odds(best) + self.whole_constant)))
+        return None if self.whole_constant is None else float(1/(1 + np.exp(-(self.best*log_odds(best) + self.mean*log_odds(frames).mean() + self.whole_constant))))
 
 def witnesses(
     log_probs: np.ndarray,  # (T, V) natural logs, T > 0
@@ -361,6 +363,6 @@ def decode(
     found = prefix_beam(log_probs, beam, keywords or None, fusion)
     spans, frames, readings = witnesses(log_probs, found) if len(log_probs) else ([], [], [])
     result = make_result(log_probs, spans, duration, confidence(frames, readings) if confidence and spans else None, frame, start)
-    if confidence and spans and (whole := confidence.whole(shares(found)[0])) is not None: result["confidence"] = round(float(whole), 4)
+    if confidence and spans and (whole := confidence.whole(shares(found)[0], frames)) is not None: result["confidence"] = round(whole, 4)
     if nbest: result["nbest"] = [dict(text=decode_ids(ids), score=round(float(p), 4)) for (ids, _), p in zip(found, shares(found[:nbest]))]
     return result
