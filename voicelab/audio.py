@@ -302,21 +302,23 @@ def _fit(x: np.ndarray, n: int) -> np.ndarray:
 def read_file(
     path: str | Path,                  # a file of any allowed format
     max_seconds: float | None = None,  # longest clip allowed; None: 600 s
+    max_bytes: int | None = None,      # largest file allowed; None: 128 MiB
 ) -> tuple[np.ndarray, dict]:          # as from `decode_audio`
     "The samples of a file, and what it was; errors name it."
     path = Path(path)
     if not path.is_file(): raise AudioError("unreadable", f"{path} is no file; an audio file is wanted ({_FORMATS})")
     try:
-        _check_size(path.stat().st_size, None)
-        return decode_audio(path.read_bytes(), max_seconds)
+        _check_size(path.stat().st_size, max_bytes)
+        return decode_audio(path.read_bytes(), max_seconds, max_bytes)
     except AudioError as e: raise AudioError(e.code, f"{path}: {e}") from e
 
 def read_audio(
     path: str | Path,                  # a file of any allowed format
     max_seconds: float | None = None,  # longest clip allowed; None: 600 s
+    max_bytes: int | None = None,      # largest file allowed; None: 128 MiB
 ) -> np.ndarray:                       # (n,) float32 at 16 kHz
     "The samples of a file."
-    return read_file(path, max_seconds)[0]
+    return read_file(path, max_seconds, max_bytes)[0]
 
 # %% ../nbs/11_audio.ipynb #ed6f3c32
 _HOP = SAMPLE_RATE // 100   # 10 ms

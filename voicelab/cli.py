@@ -79,15 +79,16 @@ def cmd_data_import(a):
     from voicelab.importers import import_corpus
     from voicelab.manifest import write_version
     from voicelab.verify import quarantine, stop_on_errors, verify
-    table = import_corpus(a.corpus)
+    if not re.fullmatch(r"[\w.-]+", name := a.name or re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(a.corpus)).stem).strip("-.")): raise InputError(f"{a.corpus} gives no name to a version; say one with --name, of letters, digits, dots, dashes and underscores")
+    table = import_corpus(a.corpus, a.unlabelled)
     for what, n in table.attrs.get("skipped", {}).items(): print(f"skipped: {n} {what}", file=sys.stderr)
-    problems = verify(table, shared_speakers=a.shared_speakers)
+    problems = verify(table, max_seconds=a.max_seconds, shared_speakers=a.shared_speakers)
     for row in problems.itertuples(): print(f"{row.severity}: {row.utterance_id}: {row.problem}: {row.detail}", file=sys.stderr)
     if a.on_error == "stop": stop_on_errors(problems)
     kept, aside = quarantine(table, problems, ("dev", "test"))
     if not len(kept): raise InputError(f"all {len(table)} rows of {a.corpus} would be set aside; at least one good row is wanted")
     licence = a.licence or ", ".join(sorted(set(kept.licence.dropna()))) if "licence" in kept else a.licence
-    version = write_version(kept, a.name or Path(a.corpus).stem, dict(source=str(a.corpus), quarantined=len(aside)), licence)
+    version = write_version(kept, name, dict(source=str(a.corpus), quarantined=len(aside)), licence)
     if len(aside): print(f"set aside: {len(aside)} of {len(table)} rows, listed in {_keep_aside(version, aside)}", file=sys.stderr)
     print(version)
 
@@ -98,12 +99,16 @@ def _keep_aside(version, aside):
 
 def cmd_data_verify(a):
     "check a manifest, dataset version or corpus row by row"
-    from voicelab.verify import inspect, problems_html, verify
+    from voicelab.verify import corpus_verdict, inspect, problems_html, verify
     table = _manifest(a.source)
-    heard = inspect(table)
-    problems = verify(table, heard, shared_speakers=a.shared_speakers)
+    heard = inspect(table, a.max_seconds)
+    problems = verify(table, heard, a.max_seconds, a.shared_speakers)
+    whole = corpus_verdict(table, heard, problems)
     if a.html: write_text(a.html, _page(f"Verification of {a.source}", f"{problems.row.nunique()} of {len(table)} rows have problems; the worst of each kind.", problems_html(table, problems, heard, players=True)))
-    _print(problems, a.json)
+    if a.json: _print(dict(corpus=whole, problems=problems), True)
+    else:
+        _print(problems, False)
+        for k, v in whole.items(): print(f"{k}: {v}")
     return 1 if (problems.severity == "error").any() else 0
 
 def cmd_data_coverage(a):
@@ -476,9 +481,10 @@ def make_parser() -> argparse.ArgumentParser:
     who = (o("--name", help="of the model; default: setting MODEL"), o("--actor", default=os.environ.get("USER", "cli")))
     command("cycle", cmd_cycle, o("--profile", default="quick", choices=["quick", "full"]), o("--corpus", default="voicesearch"), o("--run", help="folder of the reports"), param)
     command("phase", cmd_phase, o("name", help="for example 3_train or train"), param, json=False)
-    command("data import", cmd_data_import, o("corpus", help="an4, fsdd, speech_commands, librispeech or a part of it, or a path: manifest (.jsonl, .csv, .tsv), Label Studio export (.json), Kaldi or Common Voice folder, folder of audio and text"), o("--name"), o("--licence", default="", help="of the audio and texts; default: what the corpus says of itself"), shared,
+    longest = o("--max-seconds", type=float, default=36., help="a longer clip is an error")
+    command("data import", cmd_data_import, o("corpus", help="an4, fsdd, speech_commands, librispeech or a part of it, or a path: manifest (.jsonl, .csv, .tsv), Label Studio export (.json), Kaldi or Common Voice folder, folder of audio and text"), o("--name"), o("--licence", default="", help="of the audio and texts; default: what the corpus says of itself"), shared, longest, o("--unlabelled", action="store_true", help="there are no texts"),
             o("--on-error", choices=["stop", "quarantine"], default="stop", help="rows with errors: stop, or set them aside (rows of train and traffic with warnings are always set aside); quarantined.jsonl beside the version lists them"), json=False)
-    command("data verify", cmd_data_verify, o("source", help="manifest, dataset version or corpus"), shared, o("--html", help="file to write: the worst rows of each problem, with pictures and players"))
+    command("data verify", cmd_data_verify, o("source", help="manifest, dataset version or corpus"), shared, longest, o("--html", help="file to write: the worst rows of each problem, with pictures and players"))
     command("data coverage", cmd_data_coverage, o("source", help="manifest, dataset version or corpus"), o("--scope", help="scope.json of a run; default: the one that a corpus of this name begins with"), o("--split", help="what is trained on; default: train"),
             o("--texts", help="file of expected texts, a line each; default: those of the other splits"))
     command("data list", cmd_data_list)

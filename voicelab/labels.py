@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import InputError, home, read_json, read_jsonl, setting, sha256_file, utc_now, write_json, write_jsonl
 from .evaluate import bootstrap, counts
+from .importers import written
 from .manifest import erase_subject, list_versions, load_version
 from .registry import Registry
 from .text import normalize
@@ -166,12 +167,13 @@ def _read_labels(path):
     if not path.read_text(encoding="utf-8", errors="replace").lstrip().startswith("["): return read_jsonl(path)
     out = []
     for i, item in enumerate(read_json(path)):
-        task = (item.get("data") or {}).get("task_id")
+        task = (item.get("data") or {}).get("task_id") if isinstance(item, dict) and isinstance(item.get("data") or {}, dict) else None
         if not task: raise InputError(f"item {i+1} of {path} has no data.task_id; export the tasks with `voicelab labels export` first")
         for a in item.get("annotations") or []:
-            text = [" ".join(r["value"]["text"]) for r in a.get("result", []) if r.get("type") == "textarea"]
+            try: text = written(a, f"item {i+1} of {path}")
+            except (KeyError, TypeError, AttributeError) as e: raise InputError(f"item {i+1} of {path}: an annotation is not as Label Studio writes it ({type(e).__name__}: {e})") from e
             who = a.get("completed_by")
-            out.append(dict(task_id=task, text=" ".join(text), annotator=str(who.get("email") if isinstance(who, dict) else who or "label-studio"),
+            out.append(dict(task_id=task, text=text or "", annotator=str(who.get("email") if isinstance(who, dict) else who or "label-studio"),
                             status="reject" if a.get("was_cancelled") or not text else "accept"))
     return out
 

@@ -27,7 +27,7 @@ COLUMNS = ["audio_filepath", "duration", "text", "speaker", "split", "utterance_
 TAGS = ["noise", "snr_db", "age", "accent", "device", "region", "hour", "kind"]
 LINEAGE = ["parent_request", "consent_id", "subject", "sha256", "licence"]
 SPLITS = ("train", "dev", "test", "traffic")
-_ALIASES = {"path": "audio_filepath", "audio": "audio_filepath", "sentence": "text", "transcript": "text", "client_id": "speaker"}
+_ALIASES = {"path": "audio_filepath", "audio": "audio_filepath", "sentence": "text", "transcript": "text", "transcription": "text", "client_id": "speaker"}
 
 # %% ../nbs/12_manifest.ipynb #d9433005
 def _missing(v) -> bool:
@@ -50,14 +50,18 @@ def _measure(path: Path, where: str) -> float:
     except AudioError as e: raise InputError(f"{where}: duration is missing and the audio cannot be measured: {e}") from e
 
 # %% ../nbs/12_manifest.ipynb #11033013
-def _check_row(r: dict, where: str, root: Path, labelled: bool) -> dict:
-    "One row with paths made absolute, defaults filled in, and types checked."
+def _check_row(r: dict, where: str, root: Path, labelled: bool, forgiving: bool = False) -> dict:
+    "One row with paths made absolute, defaults filled in, and types checked; forgiving: audio that cannot be read has no duration."
     path = r.get("audio_filepath")
     if not isinstance(path, str) or not path.strip(): raise InputError(f"{where}: audio_filepath is {path!r}; a path is wanted")
     path = os.path.normpath(root/path)
     if not _missing(r.get("offset")) and _seconds(r["offset"], where, "offset") > 0:
         raise InputError(f"{where}: offset is {r['offset']}; here a row is a whole file: `import_corpus` (or `voicelab data import`) cuts such rows out")
-    out = {"audio_filepath": path, "duration": _measure(Path(path), where) if _missing(r.get("duration")) else _seconds(r["duration"], where)}
+    try: seconds = _measure(Path(path), where) if _missing(r.get("duration")) else _seconds(r["duration"], where)
+    except InputError:
+        if not (forgiving and _missing(r.get("duration"))): raise
+        seconds = math.nan
+    out = {"audio_filepath": path, "duration": seconds}
     if labelled:
         if not isinstance(r.get("text"), str): raise InputError(f"{where}: text is {r.get('text')!r}; a string is wanted (other rows have one)")
         out["text"] = r["text"]
@@ -66,11 +70,11 @@ def _check_row(r: dict, where: str, root: Path, labelled: bool) -> dict:
     if out["split"] not in SPLITS: raise InputError(f"{where}: split is {out['split']!r}; allowed: {', '.join(SPLITS)}")
     return out | {k: v for k, v in r.items() if k not in out and not _missing(v)}
 
-def _table(rows: list, where: str, root: Path) -> pd.DataFrame:
-    "A checked table from rows; `where` begins every error."
+def _table(rows: list, where: str, root: Path, forgiving: bool = False) -> pd.DataFrame:
+    "A checked table from rows; `where` begins every error. Forgiving: the duration of unreadable audio is NaN."
     if not rows: raise InputError(f"{where} has no rows; at least one clip is wanted")
     labelled, seen = any(not _missing(r.get("text")) for r in rows), {}
-    out = [_check_row(r, f"{where} row {i}", root, labelled) for i, r in enumerate(progress(rows, "checking rows"), 1)]
+    out = [_check_row(r, f"{where} row {i}", root, labelled, forgiving) for i, r in enumerate(progress(rows, "checking rows"), 1)]
     for i, r in enumerate(out, 1):
         if (u := r["utterance_id"]) in seen: raise InputError(f"{where} row {i}: utterance_id {u!r} is already in row {seen[u]}; each may occur once")
         seen[u] = i
@@ -85,12 +89,14 @@ def _rows_of(path: Path) -> list:
         try: df = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False, encoding="utf-8-sig")
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
             raise InputError(f"{path} is no readable table: {' '.join(str(e).split())}; allowed: jsonl, csv or tsv with a column audio_filepath") from e
-        given, df = list(df), df.rename(columns={a: b for a, b in _ALIASES.items() if a in df and b not in df})
+        given, plain = list(df), {c: str(c).strip().lower() for c in df}
+        names = {c: p if p in COLUMNS else _ALIASES.get(p, c) for c, p in plain.items()}
+        df = df.rename(columns={c: b for c, b in names.items() if b not in df and list(names.values()).count(b) == 1})
         if "audio_filepath" not in df:
-            raise InputError(f"{path} has the columns {', '.join(given)}; wanted: audio_filepath (or path, audio) and text (or sentence, transcript), and where known "
+            raise InputError(f"{path} has the columns {', '.join(given)}; wanted: audio_filepath (or path, audio) and text (or sentence, transcript, transcription), and where known "
                              "duration, speaker (or client_id), split")
         return [{k: v for k, v in r.items() if v != "" or k == "text"} for r in df.to_dict("records")]
-    return [{_ALIASES.get(k, k): v for k, v in r.items()} for r in read_jsonl(path)]
+    return [{_ALIASES.get(k, k) if _ALIASES.get(k, k) not in r else k: v for k, v in r.items()} for r in read_jsonl(path)]
 
 def read_manifest(
     path: str | Path,  # a .jsonl, .csv or .tsv file

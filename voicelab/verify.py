@@ -224,7 +224,7 @@ def _inspect_one(
 
 def inspect(
     df: pd.DataFrame,          # a manifest
-    max_seconds: float = 30.0, # longer clips are not read to their end
+    max_seconds: float = 36.0, # longer clips are not read to their end
 ) -> pd.DataFrame:             # one row a clip, same order: code, message, sound, lufs, marks, channels (what is wrong with them, or ""), audio_stats, noise_evidence, voice_band, reading_evidence
     "Measure every clip of a manifest."
     workers = max(1, setting("THREADS")) if len(df) > 150 else 1         # processes, which take two seconds to start
@@ -355,7 +355,7 @@ def _band_problems(df: pd.DataFrame, table: pd.DataFrame):
 def verify(
     df: pd.DataFrame,                   # a manifest; without a column `text` only the sound is checked
     table: pd.DataFrame | None = None,  # from `inspect`, when already measured
-    max_seconds: float = 30.0,          # longer clips are too long
+    max_seconds: float = 36.0,          # longer clips are too long (the longest of LibriSpeech lasts 35 s)
     shared_speakers: bool = False,      # the corpus shares its speakers between splits by design
 ) -> pd.DataFrame:                      # row (position in df), utterance_id, audio_filepath, problem, severity, detail
     "Name every bad row of a manifest."
