@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['run_name', 'cmd_cycle', 'cmd_phase', 'cmd_data_import', 'cmd_data_verify', 'cmd_data_coverage', 'cmd_data_list',
-           'cmd_data_diff', 'cmd_data_consistency', 'cmd_data_suspects', 'cmd_data_curve', 'cmd_train', 'cmd_runs_list',
-           'cmd_runs_compare', 'cmd_sweep', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe', 'cmd_serve', 'cmd_keys_add',
-           'cmd_keys_list', 'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show', 'cmd_models_promote',
-           'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase', 'cmd_log_erasures',
-           'cmd_log_purge', 'cmd_backup', 'cmd_restore', 'cmd_monitor', 'cmd_labels_next', 'cmd_labels_export',
-           'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
+           'cmd_data_erase', 'cmd_data_diff', 'cmd_data_consistency', 'cmd_data_suspects', 'cmd_data_curve',
+           'cmd_train', 'cmd_runs_list', 'cmd_runs_compare', 'cmd_sweep', 'cmd_lm', 'cmd_evaluate', 'cmd_transcribe',
+           'cmd_serve', 'cmd_keys_add', 'cmd_keys_list', 'cmd_keys_remove', 'cmd_models_list', 'cmd_models_show',
+           'cmd_models_promote', 'cmd_models_rollback', 'cmd_log_stats', 'cmd_log_export', 'cmd_log_erase',
+           'cmd_log_erasures', 'cmd_log_purge', 'cmd_backup', 'cmd_restore', 'cmd_monitor', 'cmd_labels_next',
+           'cmd_labels_export', 'cmd_labels_import', 'cmd_retrain', 'make_parser', 'main']
 
 # %% ../nbs/51_cli.ipynb #4a211330
 import argparse, os, re, sys
@@ -34,7 +34,7 @@ def _manifest(source):
     from voicelab.manifest import list_versions, load_version, read_manifest
     if Path(source).is_file() and Path(source).suffix in (".jsonl", ".csv", ".tsv"): return read_manifest(source)
     versions = list_versions()
-    return load_version(source) if len(versions) and source in set(versions["id"]) else import_corpus(source)
+    return load_version(source, check_audio=True) if len(versions) and source in set(versions["id"]) else import_corpus(source, unlabelled=True)
 
 # %% ../nbs/51_cli.ipynb #7931d189
 def run_name(
@@ -88,14 +88,9 @@ def cmd_data_import(a):
     kept, aside = quarantine(table, problems, ("dev", "test"))
     if not len(kept): raise InputError(f"all {len(table)} rows of {a.corpus} would be set aside; at least one good row is wanted")
     licence = a.licence or ", ".join(sorted(set(kept.licence.dropna()))) if "licence" in kept else a.licence
-    version = write_version(kept, name, dict(source=str(a.corpus), quarantined=len(aside)), licence)
-    if len(aside): print(f"set aside: {len(aside)} of {len(table)} rows, listed in {_keep_aside(version, aside)}", file=sys.stderr)
+    version = write_version(kept, name, dict(source=str(a.corpus), quarantined=len(aside)), licence, aside)
+    if len(aside): print(f"set aside: {len(aside)} of {len(table)} rows, listed in {home('data', version, 'quarantined.jsonl')}", file=sys.stderr)
     print(version)
-
-def _keep_aside(version, aside):
-    "List what was set aside beside the version: ids, reasons and where the audio lies; the corpus keeps sound and text."
-    from voicelab.core import write_jsonl
-    return write_jsonl(home("data", version, "quarantined.jsonl"), aside[["utterance_id", "split", "problem", "detail", "audio_filepath"]].to_dict("records"))
 
 def cmd_data_verify(a):
     "check a manifest, dataset version or corpus row by row"
@@ -134,6 +129,14 @@ def cmd_data_list(a):
     from voicelab.manifest import list_versions
     _print(list_versions(), a.json)
 
+def cmd_data_erase(a):
+    "take a person out of every dataset version: successors without them, the old ids withdrawn"
+    from voicelab.manifest import erase_subject
+    gone = erase_subject(a.person, a.column)
+    if a.json: return _print(gone, True)
+    for old, new in gone.items(): print(f"{old} -> {new or 'nothing left'}")
+    print(f"{len(gone)} versions held rows of {a.column} {a.person}")
+
 def cmd_data_diff(a):
     "which rows came, went and changed from one dataset version to another"
     from voicelab.manifest import diff_versions, load_version
@@ -153,6 +156,7 @@ def cmd_data_consistency(a):
     "where transcripts break the guide, and what is written in two ways"
     from voicelab.consistency import off_guide, two_ways
     table = _manifest(a.source)
+    if "text" not in table: raise InputError(f"{a.source} has no texts; consistency is of what is written")
     broken, ways = off_guide(table), two_ways(table.text)
     if a.json: _print(dict(breaches=broken, two_ways=ways), True)
     else:
@@ -488,6 +492,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("data coverage", cmd_data_coverage, o("source", help="manifest, dataset version or corpus"), o("--scope", help="scope.json of a run; default: the one that a corpus of this name begins with"), o("--split", help="what is trained on; default: train"),
             o("--texts", help="file of expected texts, a line each; default: those of the other splits"))
     command("data list", cmd_data_list)
+    command("data erase", cmd_data_erase, o("person", help="what the column says of them"), o("--column", default="subject", choices=["subject", "consent_id", "parent_request"]))
     command("data diff", cmd_data_diff, o("old", help="a dataset version"), o("new", help="another one"))
     command("data consistency", cmd_data_consistency, o("source", help="manifest, dataset version or corpus"))
     command("data suspects", cmd_data_suspects, o("manifest", help="manifest, dataset version or corpus"), o("--out", required=True, help="folder for the models that judge, and suspects.csv"), o("--split"), o("--folds", type=int, default=3),

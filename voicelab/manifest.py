@@ -157,6 +157,7 @@ def _put_blob(data: bytes, suffix: str) -> tuple[str, bool]:
     if new := not path.exists():
         part = path.with_name(f".{sha}.part")
         part.write_bytes(data)
+        part.chmod(0o444)
         part.replace(path)
     return f"blobs/{sha[:2]}/{sha}{suffix}", new
 
@@ -191,12 +192,15 @@ def write_version(
     name: str,                   # letters, digits, _ . -
     lineage: dict | None = None, # where it came from: parent (an id or a list of ids), seed, command…; no personal data
     licence: str = "",           # of the audio and texts as a whole
+    aside: pd.DataFrame | None = None,  # rows that were set aside, with problem and detail: listed beside the version, their audio is not stored
 ) -> str:                        # "<name>-<12 hex>"; the same content gives the same id
     "Store a table and its audio as an immutable version, whole or not at all."
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name.startswith("."): raise InputError(f"version name {name!r}; allowed: letters, digits, _ . - (at most 64)")
-    with _locked(): return _write(df, name, lineage or {}, licence)
+    with _locked(): return _write(df, name, lineage or {}, licence, aside)
 
-def _write(df: pd.DataFrame, name: str, lineage: dict, licence: str) -> str:
+_ASIDE = ["utterance_id", "split", "problem", "detail", "audio_filepath", "subject", "consent_id", "parent_request"]   # of a row that was set aside; whose it is, so that it can be erased
+
+def _write(df: pd.DataFrame, name: str, lineage: dict, licence: str, aside: pd.DataFrame | None = None) -> str:
     "`write_version` under the lock."
     rows, created = _table(df.to_dict("records"), f"version {name}", Path.cwd()).to_dict("records"), []
     for p in filter(None, np.atleast_1d(lineage.get("parent", []))):
@@ -204,13 +208,14 @@ def _write(df: pd.DataFrame, name: str, lineage: dict, licence: str) -> str:
             raise InputError(f"the parent {p} was withdrawn meanwhile, so its rows cannot be stored again; start from {_meta(p)['withdrawn']['successor'] or 'another version'}")
     try:
         rows = [_store_row(r, i, created) for i, r in enumerate(progress(rows, "storing"), 1)]
-        return _commit(sorted(rows, key=lambda r: r["utterance_id"]), name, lineage, licence)
+        left = [] if aside is None else [{k: v for k, v in r.items() if not _missing(v)} for r in aside[[c for c in _ASIDE if c in aside]].to_dict("records")]
+        return _commit(sorted(rows, key=lambda r: r["utterance_id"]), name, lineage, licence, left)
     except BaseException:
         for rel in created: (_store()/rel).unlink(missing_ok=True)
         raise
 
 # %% ../nbs/12_manifest.ipynb #8f304dff
-def _commit(rows: list, name: str, lineage: dict, licence: str) -> str:
+def _commit(rows: list, name: str, lineage: dict, licence: str, aside: list) -> str:
     "Write the folder of a version and give it its name."
     part = home("data", f".part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -220,7 +225,9 @@ def _commit(rows: list, name: str, lineage: dict, licence: str) -> str:
         version = f"{name}-{digest[:12]}"
         if (_store()/version).exists():
             if "withdrawn" in _meta(version): raise InputError(f"dataset version {version} was withdrawn; the same content cannot be stored again")
+            if aside: write_jsonl(_store()/version/"quarantined.jsonl", aside)
             return version
+        if aside: write_jsonl(part/"quarantined.jsonl", aside)
         write_json(part/"version.json", dict(id=version, name=name, created=utc_now(), licence=licence, lineage=lineage,
                                              manifest_sha256=digest, **_summary(rows)))
         part.rename(_store()/version)
@@ -315,7 +322,7 @@ def erase_subject(
     subject: str,            # the pseudonym, consent id or request id whose rows go
     column: str = "subject", # "subject", "consent_id" or "parent_request"
 ) -> dict:                   # {withdrawn id: successor id or ""}
-    "Erase a person's rows from every living version."
+    "Erase a person's rows from every living version, and from what imports had set aside."
     if column not in ("subject", "consent_id", "parent_request"): raise InputError(f"column {column!r}; allowed: subject, consent_id, parent_request")
     if not subject: raise InputError("an empty subject was given; a pseudonym is wanted")
     out = {}
@@ -323,4 +330,11 @@ def erase_subject(
         for version in list_versions().query("not withdrawn").id:
             df = load_version(version)
             if column in df and (hit := df[column] == subject).any(): out[version] = _withdraw(version, df.utterance_id[hit], "erasure on request")
+        for path in _store().glob("*/quarantined.jsonl"):
+            rows = read_jsonl(path)
+            if not (theirs := [r for r in rows if r.get(column) == subject]): continue
+            for f in (Path(r["audio_filepath"]) for r in theirs):
+                if f.parent.parent == home("corpora", "x").parent and f.parent.name.startswith("cut-"): f.unlink(missing_ok=True)      # a copy of ours; the corpus itself belongs to whoever brought it
+            if rest := [r for r in rows if r.get(column) != subject]: write_jsonl(path, rest)
+            else: path.unlink()
     return out
