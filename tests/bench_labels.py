@@ -14,7 +14,7 @@ from voicelab.text import encode, min_frames
 from voicelab.train import TrainConfig
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "labels.json"
-CONFIG = dict(epochs=30, dim=118, batch_seconds=30, lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, dropout=.05, average=5, masks=.5, check_every=100, workers=1, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1))
+CONFIG = dict(epochs=60, dim=118, batch_seconds=30, lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, splice=.5, dropout=.05, average=10, masks=.5, check_every=100, workers=1, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
 
 
 KINDS = ("exchanged texts", "exchanged words", "dropped", "inserted", "substituted")
