@@ -205,10 +205,11 @@ def _learnable(a):
     table, versions = _manifest(a.manifest), list_versions()
     if not Path(a.manifest).is_file() and len(versions) and a.manifest in set(versions["id"]): return table
     problems = verify(table, shared_speakers=a.shared_speakers)
+    for r in problems[problems.severity == "warning"].itertuples(): print(f"warning: {r.utterance_id}: {r.problem}: {r.detail}", file=sys.stderr)
     bad = [f"{r.utterance_id}: {r.problem}: {r.detail}" for r in problems[problems.severity == "error"].itertuples()]
     if not bad: return table
     kept, aside = quarantine(table, problems)
-    said = f"{len(aside)} of {len(table)} rows are bad: {'; '.join(bad[:10])}" + (f"; and {len(bad) - 10} findings more (voicelab data verify lists them)" if len(bad) > 10 else "")
+    said = f"{len(aside)} of {len(table)} rows are bad: {'; '.join(bad)}"
     if not a.skip_bad: raise InputError(f"{said}. Mend them, or go on without them: --skip-bad")
     print(f"left out: {said}", file=sys.stderr)
     return kept

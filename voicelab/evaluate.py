@@ -247,8 +247,9 @@ class TorchRecognizer:
         out = [np.zeros((0, self.model.cfg.vocab), np.float32)] * len(items)      # of an empty clip
         if todo := [item for item in items if len(item[0])]:
             b = collate(todo)
-            with torch.no_grad(): lp, lens = self.model(b["x"], b["x_lens"])
-            for (_, _, i, _), row, n in zip(todo, lp.numpy(), lens.tolist()): out[i] = row[:n]
+            where = next(self.model.parameters()).device
+            with torch.no_grad(): lp, lens = self.model(b["x"].to(where), b["x_lens"].to(where))
+            for (_, _, i, _), row, n in zip(todo, lp.cpu().numpy(), lens.tolist()): out[i] = row[:n]
         return [(lp, first / 16000) for lp, first in zip(out, firsts)]
 
     def transcribe(self,

@@ -45,7 +45,7 @@ class Recognizer:
         found = front_end(self.config.get("features"))
         if not found: raise InputError(f"{self.path}/config.json was made with features {self.config.get('features')}; this version of voicelab computes {asdict(FEATURES)}")
         self.policy = as_policy(self.config.get("policy"))
-        (self.hear, self.width), self.most = found, self.config.get("decoder", {}).get("batch")
+        (self.hear, self.width), self.most = found, 1 if precision == "int8" else self.config.get("decoder", {}).get("batch")      # int8 measures its scales on a whole batch: alone, no answer depends on its company (and it takes no longer)
         if not (self.path/"tokens.txt").is_file() or (self.path/"tokens.txt").read_text(encoding="utf-8") != tokens_txt(): raise InputError(f"{self.path}/tokens.txt has not the units of this version of voicelab; export the model again")
         own = self.config.get("decoder", {}).get("lm")
         sure = self.config.get("decoder", {}).get("confidence")

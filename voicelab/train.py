@@ -19,7 +19,7 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio
 from .augment import Augment
-from .core import InputError, git_commit, home, read_json, setting, write_json
+from .core import InputError, git_commit, home, read_json, setting, sha256_bytes, write_json
 from .decode import Fusion, align, greedy, word_spans
 from .evaluate import TorchRecognizer, error_table, evaluate
 from .features import fbank
@@ -319,9 +319,10 @@ def by_heart(
 ) -> dict:            # steps and loss at the end
     "Overfit six clips; raises `InputError` when that takes more than `most` steps."
     fit = table[table.text.str.len() > 0].drop_duplicates("text").sort_values("duration", kind="stable")
+    if not len(fit): raise InputError("no training row has a text; a model cannot learn from silence alone")
     short = fit.head(max(6, len(fit) // 2))
     some = short.iloc[np.linspace(0, len(short) - 1, min(6, len(short))).astype(int)].reset_index(drop=True)
-    batch = next(iter(loader(Clips(some, stride=model.cfg.stride, features=model.cfg.features), 1e6, shuffle=False)))
+    batch = next(iter(loader(Clips(some, stride=model.cfg.stride, features=model.cfg.features, policy=model.cfg.policy), 1e6, shuffle=False)))
     recipe = Recipe(copy.deepcopy(model), cfg).eval()
     opt = torch.optim.AdamW(recipe.parameters(), cfg.lr)
     for step in range(most):
@@ -362,7 +363,7 @@ def _picture(feats):
 # %% ../nbs/26_train.ipynb #b89e2c90
 def _start(init, cfg):
     "The model to begin with, what it descends from, and whose language model its own one is adapted from: \"base\" or None."
-    if init is None: return new_model(cfg.model, download=True), None, None
+    if init is None: return new_model(cfg.model, download=True).train(), None, None      # a pretrained encoder comes ready to listen
     folder = base_dir() if init == "base" else Path(init)
     model = load_model(folder)
     model.drop.p = cfg.dropout
@@ -370,11 +371,13 @@ def _start(init, cfg):
     model.train()                      # Lightning leaves the mode as it is, and a loaded model is for listening
     return model, "base" if init == "base" else str(folder), "base" if init == "base" else read_json(folder/"config.json").get("language")
 
-def _agreed(out, cfg, init, rows):
-    "What makes the run this one; refuses a folder that holds another run."
-    mine = json.loads(json.dumps(dict(train=asdict(cfg), init=None if init is None else str(init), rows=rows)))
+def _agreed(out, cfg, init, tr, dev):
+    "What makes the run this one; refuses a folder that holds another run, or one on other data."
+    said = [[Path(r.audio_filepath).name, r.text, round(r.duration, 2), r.split] for t in (tr, dev) for r in t[["audio_filepath", "text", "duration", "split"]].itertuples()]
+    mine = json.loads(json.dumps(dict(train=asdict(cfg), init=None if init is None else str(init), rows=len(tr), data=sha256_bytes(json.dumps(said).encode())[:12])))
     old = {k: read_json(out/"run.json").get(k) for k in mine} if (out/"run.json").exists() else mine
     if old["train"]: old["train"] = asdict(TrainConfig()) | old["train"]            # a run of before has not the settings of today
+    if old["data"] is None: old["data"] = mine["data"]                               # nor the name of its data
     if old != mine:
         raise InputError(f"{out} holds a run with another configuration ({old}); give a new folder or remove it")
     return mine
@@ -402,7 +405,7 @@ def train(
     tr, dev = _rows(table[table.split == "train"], cfg), table[table.split == "dev"].reset_index(drop=True)
     if cfg.splice and "speaker" not in table: raise InputError(f"splice is {cfg.splice}, but the manifest has no column speaker; endings are exchanged between clips of one person")
     if not len(tr): raise InputError(f"the manifest has no rows with split 'train'; its splits are {sorted(table.split.unique())}")
-    mine = _agreed(out, cfg, init, len(tr))
+    mine = _agreed(out, cfg, init, tr, dev)
     if (out/"metrics.json").exists(): return read_json(out/"metrics.json")
     pl.seed_everything(cfg.seed, verbose=False)
     torch.set_num_threads(setting("THREADS"))
@@ -431,9 +434,10 @@ def _fit(model, cfg, out, data, looks, tr, dev, log, watch=None, known=None):
     "Run Lightning's loop, from the last checkpoint when there is one; returns seconds and the keeper."
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"): logging.getLogger(name).setLevel(logging.WARNING)
     keeper = Keeper(out, cfg, watch)
-    logger = wandb_logger(out.name, asdict(cfg), read_json(out/"run.json").get("wandb") if (out/"run.json").is_file() else None) if log else False
+    run = read_json(out/"run.json") if (out/"run.json").is_file() else {}
+    logger = wandb_logger(out.name, asdict(cfg) | {k: run.get(k) for k in ("init", "rows", "data", "commit")}, run.get("wandb")) if log else False
     trainer = pl.Trainer(max_epochs=cfg.epochs, accelerator="auto", devices=1, precision=fastest(cfg.precision), logger=logger, callbacks=[*([Cutter(cfg, data.dataset)] if cfg.splice else []), keeper, Panel(dev)],
-        gradient_clip_val=cfg.clip_norm, check_val_every_n_epoch=cfg.check_every, num_sanity_val_steps=0, use_distributed_sampler=False,
+        gradient_clip_val=cfg.clip_norm, check_val_every_n_epoch=min(cfg.check_every, cfg.epochs), num_sanity_val_steps=0, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=10, default_root_dir=str(out))
     last = out/"checkpoints"/"last.ckpt"
     if last.exists(): data.batch_sampler.set_epoch(torch.load(last, map_location="cpu", weights_only=False)["epoch"] + 1)  # Lightning asks for batches before it says which epoch

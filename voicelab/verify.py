@@ -281,12 +281,13 @@ def _text_problems(i: int, text: str, seconds: float, spoken: float):
 # %% ../nbs/14_verify.ipynb #2bad5ac9
 def _duplicate_problems(df: pd.DataFrame, table: pd.DataFrame):
     "Rows whose sound an earlier row already has."
-    first = {}
+    first, texts = {}, [normalize(t) if isinstance(t, str) else "" for t in df.text] if "text" in df else [""] * len(df)
     for i, (sound, split, u) in enumerate(zip(table.sound, df.split, df.utterance_id)):
         if pd.isna(sound): continue
         if sound not in first: first[sound] = (i, split, u); continue
         j, other, v = first[sound]
-        yield i, "duplicate_audio", "error" if split != other else "warning", f"the sound of row {j} ({v}, {other})"
+        said = f", which says {texts[j]!r} and not {texts[i]!r}" if texts[i] != texts[j] else ""
+        yield i, "duplicate_audio", "error" if split != other or said else "warning", f"the sound of row {j} ({v}, {other}){said}"
 
 def _speaker_problems(df: pd.DataFrame, severity: str):
     "Clips of a speaker outside the split that holds most of that speaker's clips."
