@@ -42,7 +42,8 @@ DAMAGE = {
     "mu-law read as 16-bit PCM": lambda x: (words(law(x, "ULAW")), 16000, "PCM_16"),
     "A-law read as 8-bit PCM": lambda x: ((np.frombuffer(law(x, "ALAW"), np.uint8).astype(np.int16) - 128) * 256, 16000, "PCM_U8"),
     "8 kHz labelled 16": labelled(8000, 16000), "16 kHz labelled 8": labelled(16000, 8000),
-    "44.1 kHz labelled 16": labelled(44100, 16000), "16 kHz labelled 44.1": labelled(16000, 44100)}
+    "44.1 kHz labelled 16": labelled(44100, 16000), "16 kHz labelled 44.1": labelled(16000, 44100),
+    "16 kHz labelled 24": labelled(16000, 24000), "11.025 kHz labelled 16": labelled(11025, 16000), "22.05 kHz labelled 16": labelled(22050, 16000), "16 kHz labelled 22.05": labelled(16000, 22050)}
 
 
 def damaged(how, path, to):

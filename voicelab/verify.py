@@ -321,12 +321,16 @@ def octaves_off(
 
 def rate_verdict(
     octaves: pd.DataFrame,  # rows of `octaves_off` that should share a rate
+    many: bool = False,     # many people speak: the median of a crowd may be believed sooner than that of a few
 ) -> float:                 # the factor by which they are played too fast (below 1: too slow); 1 when nothing speaks for it
     "Do pitch, timbre and tempo of a group all say the same?"
     m = octaves.median()
     s = np.sign(m.off)
-    if not (abs(m.off) > .5 and s * m.tempo > .4 and s * m.timbre > .3): return 1.0
+    off, tempo, timbre = (.4, .35, .2) if many else (.5, .4, .3)
+    if not (abs(m.off) > off and s * m.tempo > tempo and s * m.timbre > timbre): return 1.0
     return 1.0 if s > 0 and m.tempo < .75 * m.pitch else float(2 ** m.off)             # children are higher, but not faster
+
+_CROWD = 20   # speakers
 
 def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, least: int = 20):
     "Rows of a corpus or source that all seem to be played too fast or too slow."
@@ -336,7 +340,7 @@ def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, least: int = 20):
     if "source" in df: every += [(f"source {s}", g.index) for s, g in df.groupby("source") if s]
     for name, rows in every:
         known = octaves.loc[octaves.index.intersection(rows)].dropna(subset="off")
-        if len(known) < least or (factor := rate_verdict(known)) == 1: continue
+        if len(known) < least or (factor := rate_verdict(known, many=df.speaker[known.index].nunique() >= _CROWD)) == 1: continue
         for i in octaves.index.intersection(rows).difference(list(done)):
             rate = table.rate.iloc[i] if table.rate.iloc[i] > 0 else SAMPLE_RATE
             likely = _RATES[np.argmin(np.abs(np.log(_RATES / (rate / factor))))]
