@@ -97,6 +97,28 @@ def test_train_refuses_bad_rows_by_id(tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["clips"] == 20
 
 
+
+def test_sweep_of_the_command_line(tmp_path):
+    "`voicelab sweep` names bad rows before a trial starts; without them it trains few epochs with fixed tables and a rate by rule, ranks the trials and ends with 0."
+    manifest = tones(tmp_path)
+    rows = [json.loads(l) | dict(split="dev" if i >= 20 else "train", speaker="d" if i >= 20 else "s") for i, l in enumerate(manifest.read_text().splitlines())]
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "3.wav").write_bytes((tmp_path / "3.wav").read_bytes()[:30])
+    def call(*more): return subprocess.run([Path(sys.executable).parent / "voicelab", "sweep", "--manifest", manifest, "--out", tmp_path / "sweep", *more],
+                                           env=dict(os.environ, VOICELAB_HOME=str(tmp_path / "home"), VOICELAB_THREADS="1"), capture_output=True, text=True, timeout=420)
+    fixed = [x for p in ("epochs=1,2", "dim=24", "layers=1", "average=1", "workers=0", "batch_seconds=240", 'augment={"room": 0, "phone": 0}') for x in ("-p", p)]
+    done = call(*fixed)
+    assert done.returncode == 2 and done.stderr.startswith("error: 3 of 24 rows are bad: 3: unreadable") and done.stderr.count("\n") == 1, done.stderr
+    assert "--skip-bad" in done.stderr and not (tmp_path / "sweep").exists()
+    done = call("-p", "augment=0.2")
+    assert done.returncode == 2 and done.stderr == "error: parameter 'augment=0.2': augment must be one JSON object\n", done.stderr
+    done = call(*fixed, "--skip-bad", "--trials", "2", "--json")
+    assert done.returncode == 0 and "left out: 3 of 24 rows" in done.stderr, done.stderr
+    table = json.loads(done.stdout[done.stdout.index("["):])
+    assert sorted((r["epochs"], r["epochs_run"], r["lr"], r["ended"]) for r in table) == [(1, 1, 2e-3, "done"), (2, 2, 2e-3, "done")], table
+    assert [r["dev_wer"] for r in table] == sorted(r["dev_wer"] for r in table) and (tmp_path / "sweep" / "sweep.csv").is_file()
+    assert {json.loads((tmp_path / "sweep" / r["trial"] / "run.json").read_text())["train"]["augment"]["room"] for r in table} == {0}
+
 def wandb_records(path):
     "The records of an offline run: protobufs in the blocks of a LevelDB log, behind a header of 7 bytes."
     from wandb.proto.wandb_internal_pb2 import Record

@@ -254,22 +254,34 @@ def cmd_runs_compare(a):
 def cmd_sweep(a):
     "many trainings with other settings; the ranked table is written to OUT/sweep.csv"
     from voicelab.sweep import parse_space, sweep
-    from voicelab.train import TrainConfig, usual_lr
+    from voicelab.train import TrainConfig
     space = parse_space(a.parameter or [])
     if not space: raise InputError("nothing to try: give -p name=a,b,c or -p name=low..high at least once")
     fixed = {k: v[1][0] for k, v in space.items() if v[0] == "list" and len(v[1]) == 1}
-    base = TrainConfig(**fixed)
-    if "lr" not in fixed: base = replace(base, lr=usual_lr(a.init, base.encoder, base.batch_seconds))
-    _print(sweep(_manifest(a.manifest), a.out, {k: v for k, v in space.items() if k not in fixed}, base, a.trials, a.init, not a.all), a.json)
+    ranked = sweep(_learnable(a), a.out, {k: v for k, v in space.items() if k not in fixed}, TrainConfig(**fixed), a.trials, a.init, not a.all, lr_by_rule="lr" not in fixed)
+    _print(ranked, a.json)
+    return 0 if (ranked.ended == "done").any() else 1
+
+def _lines(file):
+    "The lines of a text file; raises `InputError` with the line's number where it is no UTF-8 text."
+    out = []
+    with open(file, "rb") as f:
+        for n, raw in enumerate(f, 1):
+            try: line = raw.decode("utf-8")
+            except UnicodeDecodeError as e: raise InputError(f"{file}, line {n}: byte 0x{raw[e.start]:02x} is no UTF-8; texts must be UTF-8 (iconv -f latin1 -t utf-8 makes it of Latin-1)") from None
+            if "\0" in line: raise InputError(f"{file}, line {n} has a zero byte; it must be a text file in UTF-8, a text a line")
+            out += line.splitlines()
+    return out
 
 def cmd_lm(a):
     "count a language model from text files, a text a line"
     from voicelab.lm import load_lm, save_lm, train_lm
     from voicelab.text import normalize
     if missing := [f for f in a.texts if not Path(f).is_file()]: raise InputError(f"no file {missing[0]}")
-    lines = [normalize(line) for f in a.texts for line in Path(f).read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [normalize(line) for f in a.texts for line in _lines(f)]
     before = load_lm(a.add_to) if a.add_to else None
-    lm = train_lm([l for l in lines if l], before.order if before else a.order, add_to=before, weight=a.weight)
+    order = a.order if a.order is not None else before.order if before else 8
+    lm = train_lm((l for l in lines if l), order, add_to=before, weight=a.weight)
     print(f"{save_lm(lm, a.out)}: order {lm.order}, {sum(len(c) for c, _ in lm.tables)} rows of units from {len(lines)} lines")
 
 def _split_of(a):
@@ -294,6 +306,8 @@ def cmd_transcribe(a):
     "transcribe audio files"
     from voicelab.audio import read_audio
     from voicelab.recognizer import load_recognizer
+    if taken := [w for w in a.keywords or [] if Path(w).suffix and Path(w).is_file()]: raise InputError(f"--keywords took the file {taken[0]}: it takes all words up to the next option, so files go before it")
+    if not a.files: raise InputError("no FILE to transcribe" + ("; --keywords takes all words up to the next option, so files go before it" if a.keywords else "") + " (see voicelab transcribe --help)")
     if missing := [f for f in a.files if not Path(f).is_file()]: raise InputError(f"no file {missing[0]}")
     model = load_recognizer(a.model, a.precision, setting("THREADS"), lm=a.lm)
     out = []
@@ -500,13 +514,15 @@ def make_parser() -> argparse.ArgumentParser:
             o("--init", help="folder of a model that has not learnt these labels; default: from scratch"), o("--top", type=int, default=50, help="labels to show"), o("--html", help="file to write: those labels, with players"), param)
     command("data curve", cmd_data_curve, o("manifest", help="manifest, dataset version or corpus, with splits train and dev"), o("--out", required=True, help="folder for the trainings, and curve.csv"), o("--target", type=float, required=True, help="word error rate to reach, in percent"),
             o("--shares", type=float, nargs="+", default=[.125, .25, .5, 1.], help="of the data, for one training each"), o("--init", help="folder of a model that has not heard these people; default: from scratch"), param)
-    command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--skip-bad", action="store_true", help="train without the rows that verification calls errors; default: refuse"), shared, param)
-    command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), param)
-    command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, default=8, help="units looked at"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
+    skip = o("--skip-bad", action="store_true", help="train without the rows that verification calls errors; default: refuse")
+    command("train", cmd_train, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the run"), o("--init", help="'base' or the folder of a run to fine-tune"), skip, shared, param)
+    command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), skip, shared,
+            o("-p", "--parameter", action="append", metavar="NAME=VALUE", help="NAME=A,B,C or NAME=LOW..HIGH to try, NAME=VALUE for all trials (a table as JSON); may be repeated"))
+    command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, help="units looked at, 1 to 9; default: 8, or that of the model to add to"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
     command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=["slice", "noise", "accent", "age"], help="tag to cut along"))
     command("runs list", cmd_runs_list)
     command("runs compare", cmd_runs_compare, o("a", help="folder or name of a run, folder of a bundle, version or alias"), o("b", help="another one"), o("manifest"), o("--split"), lm, o("--html", help="file to write: all clips that differ, with players"))
-    command("transcribe", cmd_transcribe, o("files", nargs="+", metavar="FILE"), model, precision, lm, o("--keywords", nargs="*", help="words to listen for"))
+    command("transcribe", cmd_transcribe, o("files", nargs="*", metavar="FILE", help="audio files, before --keywords"), model, precision, lm, o("--keywords", nargs="*", metavar="WORD", help="words to listen for: all up to the next option, so files go before it"))
     command("serve", cmd_serve, o("--host"), o("--port", type=int), model, o("--tls-cert", help="certificate file, for HTTPS"), o("--tls-key", help="its private key"), json=False)
     command("keys add", cmd_keys_add, o("name", help="of the app or person"), o("--scope", default="app", help="app: speech; admin: the operator's pages too"), o("--rate", type=int, default=600, help="requests a minute"), json=False)
     command("keys list", cmd_keys_list)

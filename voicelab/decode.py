@@ -8,7 +8,8 @@ __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'faintest', 
            'log_odds', 'Confidence', 'witnesses', 'decode']
 
 # %% ../nbs/24_decode.ipynb #c9cdf745
-import re
+import re, unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nlargest
@@ -115,7 +116,13 @@ def make_result(
 
 # %% ../nbs/24_decode.ipynb #1f7b02aa
 _SIGNS = set("#$*+<=>\\^|~")  # punctuation that is spoken, so that a keyword without it would be another one
+_PARTS = set(".,:;-–—/·_")        # what may part a word in two, as in Wi-Fi, will.i.am, AC/DC
 _PLAIN = re.compile(r"[a-z']*[a-z]( [a-z']*[a-z])*")  # what the normaliser leaves as it is
+
+def _misplaced(word):
+    "Signs that are spoken, and others within a word where only what parts words may stand."
+    within = "".join(re.findall(r"(?<=\w)[^\w\s]+(?=\w)", unicodedata.normalize("NFC", word)))
+    return "".join(c for c in dict.fromkeys(word) if c in _SIGNS or c in within and c not in _PARTS and " " in normalize(f"a{c}b") and not normalize(c))
 
 def keyword_text(
     word: str,  # as the caller wrote it
@@ -123,7 +130,7 @@ def keyword_text(
     "A keyword in the letters of the units; raises `InputError` by name where it cannot be written in them."
     if not isinstance(word, str): raise InputError(f"keyword {word!r} is no text; a keyword is a text of letters a-z, apostrophes and digits")
     if _PLAIN.fullmatch(text := word.lower()): return text
-    if bad := unknown_characters(word) + "".join(dict.fromkeys(c for c in word if c in _SIGNS)): raise InputError(f"keyword {word!r} has {bad!r}, which cannot be heard as letters; a keyword is a text of letters a-z (accents are folded), apostrophes, digits and what parts words")
+    if bad := unknown_characters(word) + _misplaced(word): raise InputError(f"keyword {word!r} has {bad!r}, which cannot be heard as letters; a keyword is a text of letters a-z (accents are folded), apostrophes, digits and what parts words ({' '.join(sorted(_PARTS))})")
     if not (text := normalize(word)): raise InputError(f"keyword {word!r} has no letters; a keyword is a text of letters a-z, apostrophes and digits")
     return text
 
@@ -154,6 +161,7 @@ class Keywords:
         entry: float = 5.0,  # what is taken off the bonus of each keyword
     ):
         if isinstance(words, str): raise InputError(f"keywords is the text {words!r}; it must be a list of words")
+        if not isinstance(words, Iterable): raise InputError(f"keywords is {words!r}; it must be a list of words")
         words = tuple(w if isinstance(w, str) else keyword_text(w) for w in words)
         self.bonus, self.entry, self.root = bonus, entry, _tree(words)
 

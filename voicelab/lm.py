@@ -17,11 +17,26 @@ from .text import TOKENS, encode
 # %% ../nbs/23_lm.ipynb #c352a1aa
 _BITS, _END = 6, 0      # bits of a unit; the id that stands before and after a text
 
-def _pack(rows: np.ndarray) -> np.ndarray:
-    "Rows of unit ids (M, k) as numbers (M,)."
-    code = np.zeros(len(rows), np.uint64)
-    for column in rows.T: code = (code << np.uint64(_BITS)) | column.astype(np.uint64)
-    return code
+def _flat(texts):
+    "The unit ids of all texts, each between two ends, and how many there are from each one to the end of its text (9: or more), as bytes."
+    ids, left, nearly = bytearray(), bytearray(), bytes(range(9, 0, -1))
+    for t in texts:
+        own = bytes((_END, *encode(t), _END))
+        ids += own
+        left += nearly[-len(own):].rjust(len(own), b"\x09")
+    return np.frombuffer(ids, np.uint8), np.frombuffer(left, np.uint8)
+
+def _rows(ids, left, order):
+    "For k = 1 … order: the different rows of k units as sorted numbers, and how often each occurs."
+    code = np.zeros(len(ids), np.uint64)
+    for k in range(1, order + 1):
+        code = code[:max(len(ids) - k + 1, 0)]                                  # the number of the row that begins at each place
+        code <<= np.uint64(_BITS)
+        code |= ids[k - 1:]
+        rows = code[left[:len(code)] >= k]
+        rows.sort()
+        first = np.flatnonzero(np.r_[rows[:1] >= 0, rows[1:] != rows[:-1]])
+        yield rows[first], np.diff(first, append=len(rows)).astype(np.float32)
 
 def _table(codes, counts):
     "Sorted different codes, and the sum of the counts of each."
@@ -96,15 +111,13 @@ def train_lm(
     weight: float = 1.,    # of a count of `texts`
 ) -> NGram:
     "Count texts into a model."
-    texts = list(texts)
     if not 1 <= order <= 9: raise InputError(f"order is {order}; it must be 1 to 9")
     if not 0 < weight < float("inf"): raise InputError(f"weight is {weight}; it must be above 0")
     if add_to and add_to.order != order: raise InputError(f"order is {order}, that of the model to add to is {add_to.order}; they must be equal")
-    if not any(texts): raise InputError(f"{len(texts)} texts without a word; give at least one text of letters")
+    ids, left = _flat(texts)
+    if not ids.any(): raise InputError(f"{int((ids == _END).sum())//2} texts without a word; give at least one text of letters")
     tables = []
-    for k in range(1, order + 1):
-        rows = [np.lib.stride_tricks.sliding_window_view(ids, k) for t in texts if len(ids := np.array([_END, *encode(t), _END])) >= k]
-        codes, counts = _table(_pack(np.concatenate(rows)), None) if rows else (np.zeros(0, np.uint64), np.zeros(0, np.float32))
+    for k, (codes, counts) in enumerate(_rows(ids, left, order), 1):
         if k == 1: counts[codes == _END] /= 2                                   # every text has two of them, and only one is an end
         if k >= 5: codes, counts = codes[counts >= least], counts[counts >= least]
         if add_to: codes, counts = _table(np.r_[add_to.tables[k - 1][0], codes], np.r_[add_to.tables[k - 1][1], weight * counts])
@@ -120,7 +133,7 @@ def adapt_lm(
     "A model that knows the old texts and leans towards the new ones."
     texts = list(texts)
     if lm is None: return train_lm(texts, least=1 if len(texts) < 5000 else 2)      # of few texts each row counts
-    before, now = float(lm.tables[0][1].sum()), sum(len(encode(t)) + 1 for t in texts)
+    before, now = float(lm.tables[0][1].sum()), sum(len(t.replace(" ", "")) + 1 for t in texts)
     return train_lm(texts, lm.order, 1, lm, min(max(share * before / max(now, 1), 1.), most))
 
 def save_lm(

@@ -6,13 +6,17 @@
 __all__ = ['parse_space', 'sweep']
 
 # %% ../nbs/44_sweep.ipynb #9e634a4a
+import json, os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
+from .augment import Augment
 from .core import InputError, read_json, setting
-from .train import TrainConfig, train
+from .loader import ClipStore, units
+from .model import base_dir, load_model
+from .train import TrainConfig, train, usual_lr
 
 # %% ../nbs/44_sweep.ipynb #f500f7b4
 def parse_space(
@@ -24,12 +28,15 @@ def parse_space(
         name, _, what = t.partition("=")
         if name not in default or not what: raise InputError(f"parameter {t!r}; allowed is name=value, name=a,b,c or name=low..high with a name of {', '.join(default)}")
         kind = type(default[name])
-        if kind in (dict, bool): raise InputError(f"{name} cannot be swept: it is {kind.__name__}")
+        if name in space: raise InputError(f"parameter {name} is given twice; give all its values at once: {name}=a,b,c")
         try:
-            if ".." in what: space[name] = ("range", *map(kind, what.split("..")))
+            if kind is dict: space[name] = ("list", [json.loads(what)])
+            elif kind in (int, float) and ".." in what: space[name] = ("range", *map(kind, what.split("..")))
             else: space[name] = ("list", [kind(v) for v in what.split(",")])
-        except (ValueError, TypeError): raise InputError(f"parameter {t!r}: values of {name} must be {kind.__name__}") from None
-        if space[name][0] == "range" and not (kind in (int, float) and len(space[name]) == 3 and space[name][1] < space[name][2]): raise InputError(f"parameter {t!r}: a range goes from a smaller number to a larger one")
+        except (ValueError, TypeError): raise InputError(f"parameter {t!r}: {f'{name} must be one JSON object' if kind is dict else f'values of {name} must be {kind.__name__}'}") from None
+        how, *v = space[name]
+        if kind is dict and not isinstance(v[0][0], dict): raise InputError(f"parameter {t!r}: {name} must be one JSON object")
+        if how == "range" and not (len(v) == 2 and -np.inf < v[0] < v[1] < np.inf): raise InputError(f"parameter {t!r}: a range goes from a smaller number to a larger one")
     return space
 
 # %% ../nbs/44_sweep.ipynb #65c63ef7
@@ -46,6 +53,12 @@ def _draws(space, trials, seed):
     if None not in sizes and np.prod(sizes) <= trials: return [dict(zip(names, (space[n][1][i] for n, i in zip(names, at)))) for at in np.ndindex(*sizes)]
     return [{n: draw(*space[n]) for n in names} for _ in range(trials)]
 
+# %% ../nbs/44_sweep.ipynb #b599540d
+def _with_lr(s, base, init):
+    "The settings of a trial with the learning rate by rule, where they name none."
+    cfg = replace(base, **s)
+    return dict(lr=usual_lr(init, cfg.encoder, cfg.batch_seconds)) | s
+
 # %% ../nbs/44_sweep.ipynb #c965fcac
 def sweep(
     table,             # manifest with splits train and dev, as `train` takes it
@@ -58,34 +71,49 @@ def sweep(
     at_once: int = 1,  # trials that run together; each has THREADS of its own
     seed: int = 0,     # of the draws
     log: bool = True,  # mirror to W&B
-) -> pd.DataFrame:     # a row a trial, best first: trial, its settings, dev_wer, dev_loss, epochs, seconds, ended (done, stopped, failed), error
-    "Train with many settings and rank them on dev. Raises `InputError` on a manifest without dev rows."
-    import ray
-    from ray import tune
-    if not (table.split == "dev").any(): raise InputError(f"the manifest has no rows with split 'dev' to choose on; its splits are {sorted(table.split.unique())}")
+    lr_by_rule: bool = False,  # each trial has the learning rate of `usual_lr` for its own encoder and batch, where lr is not swept
+) -> pd.DataFrame:     # a row a trial, best first: trial, its settings, ended (done, stopped, failed), dev_wer of those that are done, greedy_wer and dev_loss at the last look, epochs_run, seconds, error
+    "Train with many settings and rank them on dev. Raises `InputError` on a manifest without dev rows or with rows that cannot be learnt from."
+    for split in ("train", "dev"):
+        if not (table.split == split).any(): raise InputError(f"the manifest has no rows with split {split!r}; a sweep learns from train and chooses on dev; its splits are {sorted(table.split.unique())}")
+    if trials < 1 or at_once < 1: raise InputError(f"trials is {trials} and at_once {at_once}; both must be 1 or more")
     base, out = base or TrainConfig(), Path(out).resolve()
-    drawn = {f"trial-{i:03}": s for i, s in enumerate(_draws(space, trials, seed))}
+    drawn = {f"trial-{i:03}": _with_lr(s, base, init) if lr_by_rule else s for i, s in enumerate(_draws(space, trials, seed))}
     configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
     for t, cfg in configs.items():
         if (out/t/"run.json").exists() and asdict(TrainConfig()) | read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
+    todo = [t for t in drawn if not (out/t/"metrics.json").exists()]
+    if todo: _learnable(table, configs.values(), init)
     out.mkdir(parents=True, exist_ok=True)
     table.to_pickle(out/"table.pkl")
     def run(s):
         cfg = configs[s["trial"]]
+        from ray import tune
         def watch(row):
             if row["dev_loss"] is not None and row["epoch"] < cfg.epochs: tune.report(dict(dev_loss=row["dev_loss"], dev_wer=row["dev_wer"], epochs=row["epoch"]))
         train(pd.read_pickle(out/"table.pkl"), out/s["trial"], cfg, init, log, watch)
-    todo = [t for t in drawn if not (out/t/"metrics.json").exists()]
-    failed = _tune(ray, tune, run, todo, out, base, halve, at_once) if todo else {}
-    rows = pd.DataFrame([dict(trial=t, **s, **_outcome(out/t, failed.get(t, ""))) for t, s in drawn.items()]).sort_values(["dev_wer", "dev_loss"], ignore_index=True)
+    failed = _tune(run, todo, out, configs.values(), halve, at_once) if todo else {}
+    rows = _ranked(pd.DataFrame([dict(trial=t, **s, **_outcome(out/t, failed.get(t, ""))) for t, s in drawn.items()]))
     rows.to_csv(out/"sweep.csv", index=False)
     return rows
 
-def _tune(ray, tune, run, todo, out, base, halve, at_once):
+def _learnable(table, configs, init):
+    "Raise `InputError` for what no trial could learn from: rows that are bad at the shortest step, changes of clips that do not exist."
+    for cfg in configs:
+        if bad := [k for k in cfg.augment if k not in Augment.__dataclass_fields__]: raise InputError(f"augment has no {bad[0]!r}; it has {', '.join(Augment.__dataclass_fields__)}")
+        Augment(**cfg.augment)
+    rows = table[table.split.isin(["train", "dev"])].reset_index(drop=True)
+    strides = [cfg.model.stride for cfg in configs] if init is None else [load_model(base_dir() if init == "base" else init).cfg.stride]
+    units(rows, ClipStore(rows.audio_filepath), min(strides))
+
+def _tune(run, todo, out, configs, halve, at_once):
     "Let Ray Tune run the trials; returns what those that failed said."
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"                                # a relative path means the same in a trial
+    import ray
+    from ray import tune
     threads, started = setting("THREADS"), not ray.is_initialized()
     if started: ray.init(num_cpus=threads*at_once, include_dashboard=False, log_to_driver=False, logging_level="error")
-    scheduler = tune.schedulers.ASHAScheduler(time_attr="epochs", max_t=base.epochs + 1, grace_period=max(base.check_every, base.epochs//4), reduction_factor=2) if halve else None
+    scheduler = tune.schedulers.ASHAScheduler(time_attr="epochs", **_rungs(configs), reduction_factor=2) if halve else None
     try:
         grid = tune.Tuner(tune.with_resources(run, dict(cpu=threads)), param_space=dict(trial=tune.grid_search(todo)),
                           tune_config=tune.TuneConfig(metric="dev_loss", mode="min", scheduler=scheduler, max_concurrent_trials=at_once),
@@ -94,10 +122,21 @@ def _tune(ray, tune, run, todo, out, base, halve, at_once):
     finally:
         if started: ray.shutdown()
 
+def _rungs(configs):
+    "Epochs before which no trial is stopped, and those that none reaches."
+    longest = max(cfg.epochs for cfg in configs)
+    return dict(grace_period=min(max(longest//4, *(cfg.check_every for cfg in configs)), longest + 1), max_t=longest + 1)
+
+# %% ../nbs/44_sweep.ipynb #ad6857e4
 def _outcome(run, error):
     "What became of a trial, from its folder and its last words."
     curve = pd.read_csv(run/"curve.csv") if (run/"curve.csv").exists() else pd.DataFrame(columns=["epoch", "dev_loss", "dev_wer", "seconds"])
     done, looks = (run/"metrics.json").exists(), curve.dropna(subset=["dev_loss"])
-    last = dict(dev_wer=float(looks.dev_wer.iloc[-1]), dev_loss=float(looks.dev_loss.iloc[-1])) if len(looks) else dict(dev_wer=np.nan, dev_loss=np.nan)
-    if done: last["dev_wer"] = read_json(run/"metrics.json")["dev_wer"]
-    return last | dict(epochs=int(curve.epoch.max()) if len(curve) else 0, seconds=float(curve.seconds.sum()), ended="done" if done else "failed" if error else "stopped", error=error)
+    last = dict(greedy_wer=float(looks.dev_wer.iloc[-1]), dev_loss=float(looks.dev_loss.iloc[-1])) if len(looks) else dict(greedy_wer=np.nan, dev_loss=np.nan)
+    return dict(ended="done" if done else "failed" if error else "stopped", dev_wer=read_json(run/"metrics.json")["dev_wer"] if done else np.nan, **last,
+                epochs_run=int(curve.epoch.max()) if len(curve) else 0, seconds=float(curve.seconds.sum()), error=error)
+
+def _ranked(rows):
+    "Trials that are done by their `dev_wer`, then those that were stopped and those that failed by their loss."
+    place = rows.ended.map(dict(done=0, stopped=1, failed=2))
+    return rows.assign(place=place).sort_values(["place", "dev_wer", "dev_loss"], ignore_index=True).drop(columns="place")

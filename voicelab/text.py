@@ -8,6 +8,7 @@ __all__ = ['ALPHABET', 'BLANK', 'WORD_START', 'TOKENS', 'spoken_number', 'unknow
 
 # %% ../nbs/10_text.ipynb #5fb4d1d8
 import re, string, unicodedata
+from functools import lru_cache
 
 from .core import InputError
 
@@ -31,16 +32,24 @@ def spoken_number(
 
 # %% ../nbs/10_text.ipynb #543ded8c
 ALPHABET = string.ascii_lowercase + "'"
-_FOLD = {"’": "'", "‘": "'", "`": "'", "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "&": " and ", "%": " percent ", "@": " at "}
+_FOLD = {"’": "'", "‘": "'", "`": "'", "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "´": "'", "ʼ": "'", "™": "", "℠": "", "®": "", "№": " number ", "&": " and ", "%": " percent ", "@": " at "}
 _PUNCTUATION = set(string.punctuation + "–—…“”„«»¿¡·′″•") - {"'"}
+
+def _folded(text):
+    "A text in lower case, its letters plain where Unicode or a rule makes them so, with the accents behind them."
+    for _ in range(2): text = unicodedata.normalize("NFKD", "".join(_FOLD.get(c, c) for c in text.lower()))
+    return text
+
+@lru_cache(maxsize=4096)
+def _unknown(c):
+    "Does no rule cover this character?"
+    return any(not (f in ALPHABET or f in string.digits or f.isspace() or f in _PUNCTUATION or unicodedata.combining(f) or ord(f) == 0x2044) for f in _folded(c))
 
 def unknown_characters(
     text: str,  # any text
 ) -> str:
-    "The characters of a text that no rule of the normaliser covers, each once, in order."
-    folded = unicodedata.normalize("NFKD", "".join(_FOLD.get(c, c) for c in text.lower()))
-    return "".join(dict.fromkeys(c for c in folded if not (c in ALPHABET or c in string.digits or c.isspace() or c in _PUNCTUATION
-                                                            or unicodedata.combining(c) or ord(c) == 0x2044)))
+    "The characters of a text that no rule of the normaliser covers, as they stand in it, each once, in order."
+    return "".join(c for c in dict.fromkeys(text) if _unknown(c))
 
 def normalize(
     text: str,  # any text
@@ -49,7 +58,7 @@ def normalize(
     "The one normalisation: lower-case words of a-z and the apostrophe, single spaces, numbers spoken."
     if strict and (bad := unknown_characters(text)):
         raise InputError(f"text {text!r} has the unknown characters {bad!r}; allowed are letters a-z (accents are folded), digits, spaces and punctuation")
-    text = unicodedata.normalize("NFKD", "".join(_FOLD.get(c, c) for c in text.lower()))
+    text = _folded(text)
     text = re.sub(r"[0-9]+", lambda m: f" {spoken_number(m[0])} ", text)
     text = "".join(c if c in ALPHABET else "" if unicodedata.combining(c) or not (c.isspace() or c in _PUNCTUATION) else " " for c in text)
     words = (w if w.strip("'") else "" for w in text.split())
