@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .core import InputError
 from .audio import SAMPLE_RATE
 from .distort import bandwidth, clipping, gain, opus, pitch, random_room, read_response, reverb, speed, telephone, tempo
-from .noise import add_noise, babble, car_noise, clatter, colored_noise, recorded_noise
+from .noise import add_noise, babble, car_noise, clatter, colored_noise, recorded_noise, within
 
 # %% ../nbs/19_augment.ipynb #aa913fd7
 _KINDS = ("coloured", "car", "babble", "clatter", "street")
@@ -143,6 +143,9 @@ def spec_augment(
     strength: float = 1.,   # scales widths and share; 0 hides nothing
 ) -> np.ndarray:
     "Features with bands and stretches replaced by the mean of their bin; the input stays as it is."
+    within("strength", strength, 0, 10)
+    feats = np.asarray(feats)
+    if feats.ndim != 2 or feats.dtype.kind != "f" or not feats.size: raise InputError(f"features are {feats.dtype} of the shape {feats.shape}; floats of the shape (T, F) are wanted, with at least one frame")
     out, mean, (T, F) = feats.copy(), feats.mean(0), feats.shape
     band_width, stretch_width, share = round(strength * band_width), round(strength * stretch_width), strength * share
     for _ in range(bands):

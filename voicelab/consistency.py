@@ -18,7 +18,7 @@ from .audio import read_audio
 from .core import InputError, progress
 from .decode import Fusion, align, prefix_beam
 from .errors import alignment_html, clips_html
-from .evaluate import TorchRecognizer, counts
+from .evaluate import TorchRecognizer, counts, unit_codes
 from .text import BLANK, decode_ids, encode, min_frames, normalize
 
 # %% ../nbs/45_consistency.ipynb #fdf04014
@@ -114,16 +114,17 @@ def deal(
     table: pd.DataFrame,  # with `speaker`
     folds: int = 3,
     seed: int = 0,
-) -> np.ndarray:          # (rows,) fold of each; a speaker's clips are together
+) -> np.ndarray:          # (rows,) fold of each; a speaker's clips are together, a clip without a name is dealt alone
     "Deal people into folds of about equal size, the ones with most clips first."
-    if not 2 <= folds <= table.speaker.nunique(): raise InputError(f"folds is {folds}; it must be 2 to the number of speakers, here {table.speaker.nunique()}")
-    sizes, load = table.speaker.value_counts(), np.zeros(folds)
+    who = pd.Series(unit_codes(table.speaker, len(table)))
+    if not 2 <= folds <= who.nunique(): raise InputError(f"folds is {folds}; it must be 2 to the number of speakers, here {who.nunique()} (clips without a speaker's name count each)")
+    sizes, load = who.value_counts(), np.zeros(folds)
     order, rng = sizes.index.to_numpy(), np.random.default_rng(seed)
     where = {}
     for s in sorted(order, key=lambda s: (-sizes[s], rng.random())):
         where[s] = int(load.argmin())
         load[where[s]] += sizes[s]
-    return table.speaker.map(where).to_numpy()
+    return who.map(where).to_numpy()
 
 def judge(
     table: pd.DataFrame,  # audio_filepath, text

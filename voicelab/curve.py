@@ -141,12 +141,13 @@ def parts(
     shares=(.125, .25, .5, 1.),  # of the hours
     seed: int = 0,
 ) -> list:                # of tables, each a part of the next
-    "Whole speakers, until each share of the hours is reached."
+    "Whole speakers, until each share of the hours is reached; a clip without a speaker's name stands alone."
     if bad := [s for s in shares if not 0 < s <= 1]: raise InputError(f"share {bad[0]}; it must be above 0 and at most 1")
-    people = table.groupby("speaker").duration.sum().sample(frac=1, random_state=seed)
+    units = unit_codes(table.speaker, len(table))
+    people = table.duration.groupby([table.speaker.fillna(""), units]).sum().droplevel(0).sample(frac=1, random_state=seed)
     if len(people) < len(shares): raise InputError(f"{len(people)} speakers for {len(shares)} sizes; there must be as many")
     upto = people.cumsum() / people.sum()
-    return [table[table.speaker.isin(upto.index[:int((upto < s - 1e-9).sum()) + 1])] for s in sorted(shares)]
+    return [table[np.isin(units, upto.index[:int((upto < s - 1e-9).sum()) + 1])] for s in sorted(shares)]
 
 def grow(
     table: pd.DataFrame,  # a manifest with splits train and dev

@@ -15,7 +15,7 @@ import soxr
 
 from .core import InputError
 from .audio import SAMPLE_RATE, read_audio
-from .noise import one_channel, power
+from .noise import one_channel, power, within
 
 # %% ../nbs/18_distort.ipynb #bf2e3729
 def speed(
@@ -23,7 +23,7 @@ def speed(
     factor: float,  # 1.1: a tenth faster and higher
 ) -> np.ndarray:
     "Play faster or slower; `round(len(x) / factor)` samples come back."
-    if not .25 <= factor <= 4: raise InputError(f"speed factor is {factor!r}; it must be from 0.25 to 4")
+    within("speed factor", factor, .25, 4)
     x = one_channel(x)
     n = round(len(x) / factor)
     if factor == 1 or n == 0: return x[:n].copy()
@@ -45,7 +45,7 @@ def tempo(
     factor: float,  # 1.1: a tenth faster at the same pitch
 ) -> np.ndarray:
     "Talk faster or slower at the same pitch; `round(len(x) / factor)` samples come back."
-    if not .5 <= factor <= 2: raise InputError(f"tempo factor is {factor!r}; it must be from 0.5 to 2")
+    within("tempo factor", factor, .5, 2)
     x = one_channel(x)
     n = round(len(x) / factor)
     if factor == 1 or n == 0: return x[:n].copy()
@@ -67,7 +67,7 @@ def pitch(
     semitones: float,  # 12 is an octave higher
 ) -> np.ndarray:
     "The clip higher or lower in its own time; as many samples come back."
-    if not -12 <= semitones <= 12: raise InputError(f"pitch change is {semitones!r} semitones; it must be from -12 to 12")
+    within("pitch change", semitones, -12, 12, "semitones")
     ratio = 2 ** (semitones / 12)
     y = speed(tempo(x, 1 / ratio), ratio)[:len(x)]
     return np.pad(y, (0, len(x) - len(y)))
@@ -89,9 +89,10 @@ def room_response(
     early: float = .05,  # seconds of single reflections; noise after that
 ) -> np.ndarray:   # the direct sound is the first sample, and 1
     "Impulse response of a box-shaped room by the image method, with a tail of noise."
+    within("rt60", rt60, .05, 3, "s"); within("time of single reflections", early, 0, 3, "s")
     size, source, mic = (np.asarray(v, float) for v in (size, source, mic))
-    if not all((0 < v).all() and (v < size).all() for v in (source, mic)) or not .05 <= rt60 <= 3 or np.allclose(source, mic):
-        raise InputError(f"a room of {size.tolist()} m, source at {source.tolist()}, microphone at {mic.tolist()}, rt60 {rt60!r} s; both must be apart and inside, rt60 from 0.05 to 3")
+    if not all((0 < v).all() and (v < size).all() for v in (source, mic)) or np.allclose(source, mic):
+        raise InputError(f"a room of {size.tolist()} m, source at {source.tolist()}, microphone at {mic.tolist()}; both must be apart and inside")
     volume, walls = size.prod(), 2 * (size[0] * size[1] + size[1] * size[2] + size[2] * size[0])
     beta = np.exp(-12 * np.log(10) * volume / (_SOUND * walls * rt60))
     direct, n = np.linalg.norm(source - mic), -(-int(rt60 * SAMPLE_RATE) // 160) * 160     # whole frames: a length whose transform is fast
@@ -116,7 +117,7 @@ def random_room(
     distance: float = .5,  # between speaker and microphone, m
 ) -> np.ndarray:
     "Impulse response of a room of 2.5 to 8 m with speaker and microphone at random places."
-    if not .05 <= distance <= 20: raise InputError(f"distance is {distance!r} m; it must be from 0.05 to 20")
+    within("distance", distance, .05, 20, "m")
     angle, rise = rng.uniform(0, 2 * np.pi), rng.uniform(-.3, .3)
     way = distance * np.array([np.cos(angle) * np.cos(rise), np.sin(angle) * np.cos(rise), np.sin(rise)])
     size = np.maximum(rng.uniform((2.5, 2.5, 2.3), (8, 6, 3.5)), np.abs(way) + 1)
@@ -152,7 +153,7 @@ def gain(
     db: float,      # change of level
 ) -> np.ndarray:
     "Louder or softer; what would pass full scale is clipped, as a microphone does."
-    if not -120 <= db <= 120: raise InputError(f"gain is {db!r} dB; it must be from -120 to 120")
+    within("gain", db, -120, 120, "dB")
     return np.clip(one_channel(x) * np.float32(10 ** (db / 20)), -1, 1)
 
 def clipping(
@@ -160,7 +161,7 @@ def clipping(
     share: float,   # of the peak, above which everything is cut off
 ) -> np.ndarray:
     "The clip with its peaks cut off at a share of the highest."
-    if not 0 < share <= 1: raise InputError(f"clipping is at {share!r} of the peak; it must be above 0 and at most 1")
+    within("clipping", share, .001, 1, "of the peak")
     x = one_channel(x)
     top = np.float32(share) * np.abs(x).max(initial=0)
     return np.clip(x, -top, top)
@@ -172,7 +173,7 @@ def bandwidth(
     high: float = 7000,  # Hz
 ) -> np.ndarray:
     "Only what lies between two frequencies."
-    if not (0 <= low < high and 1000 <= high <= SAMPLE_RATE / 2): raise InputError(f"band is {low!r} to {high!r} Hz; it must rise, from 0 on, and end from 1000 to {SAMPLE_RATE // 2}")
+    if not within("lower end of the band", low, 0, SAMPLE_RATE / 2, "Hz") < within("upper end of the band", high, 1000, SAMPLE_RATE / 2, "Hz"): raise InputError(f"band is {low!r} to {high!r} Hz; it must rise")
     x = one_channel(x)
     size = -(-(len(x) + 1600) // 1800) * 1800
     f = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
@@ -194,7 +195,7 @@ def opus(
     kbps: float = 16,   # bit rate, kbit/s
 ) -> np.ndarray:
     "The clip through the Opus codec as in a call; as many samples come back, in place."
-    if not 6 <= kbps <= 128: raise InputError(f"Opus bit rate is {kbps!r} kbit/s; it must be from 6 to 128")
+    within("Opus bit rate", kbps, 6, 128, "kbit/s")
     if not len(x := one_channel(x)): return x
     coder = av.CodecContext.create("libopus", "w")
     coder.sample_rate, coder.layout, coder.format, coder.bit_rate, coder.options = SAMPLE_RATE, "mono", "s16", int(1000 * kbps), dict(application="voip", compression_level="0")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURED', 'alignment_text', 'alignment_html', 'confusions', 'seen_words', 'worst', 'clips_html', 'worst_html',
            'mark_label_errors', 'on_labels_in_doubt', 'difference', 'in_words', 'difference_html', 'with_measured',
-           'adjust', 'slices', 'plot_rates', 'bias_variance', 'remedy', 'reference', 'priorities']
+           'adjust', 'slices', 'plot_rates', 'bias_variance', 'best_known', 'remedy', 'reference', 'traffic_share',
+           'priorities']
 
 # %% ../nbs/27_errors.ipynb #0d9fbdd2
 import html, math
@@ -305,6 +306,15 @@ def bias_variance(
     closing = f"Mostly {_GAPS[main][0]}: {_GAPS[main][1]}." if main else "No gap stands out of the noise."
     return dict(gaps=gaps, real=real, main=main, words=f"{'; '.join(said)}. Gaps: {listed}. {closing}")
 
+def best_known(
+    scope: Scope,
+) -> tuple:  # (word error rate, whose it is in words)
+    "The level that a model is compared with: people's, else that of a published system, else what is aimed at."
+    if (people := human_level(scope)) is not None: return people, "people"
+    if (other := scope.baseline.get("wer")) is not None: return other, f"baseline ({scope.baseline.get('source', 'no source')}; the level of people is not known)"
+    if (wanted := scope.targets.get("wer")) is not None: return wanted, "target (neither the level of people nor a baseline is known)"
+    return None, "nothing"
+
 # %% ../nbs/27_errors.ipynb #120eaa2d
 _LEVERS = dict(
     noise=("augment", "mix recordings of this noise into training at the SNRs of the slice"), snr_db=("augment", "mix noise into training at these SNRs"), noisy=("augment", "mix recorded noise into training at these SNRs"),
@@ -350,6 +360,27 @@ def _of_slice(table, tag, value):  # the clips of a slice or of a pair
     for t, v in zip(tag.split(" & "), value.split(" & ") if " & " in tag else [value]): mask &= (_labels(table[t]).replace("", "(none)") == (v or "(none)")).to_numpy()
     return table[mask]
 
+def _stands_for(values, kinds: dict) -> tuple:  # requests that each clip stands for; requests in ranges without a clip
+    v = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float)
+    inside = [((v >= low) & (v < high), share) for low, high, share in kinds.values()]
+    weight = np.full(len(v), max(0., 1 - sum(share for _, share in inside)) / max(len(v), 1))
+    for m, share in inside: weight += m * share / max(m.sum(), 1)
+    return weight, sum(share for m, share in inside if not m.any())
+
+def traffic_share(
+    row,          # of `slices`: tag, value, share
+    scope: Scope,
+    table=None,   # the clips that the slices were made from; None: its `forecast` of measured properties cannot be used
+    shares=None,  # in the place of the scope's
+) -> tuple:       # (share of the words of the traffic, where it is from: forecast, evaluated clips)
+    "How much of the traffic a slice is."
+    named = (scope.shares if shares is None else shares).get(row.tag, {})
+    if row.value in named: return named[row.value], "forecast"
+    if table is None or row.tag not in table or not (kinds := scope.forecast.get(row.tag)): return row.share, "evaluated clips"
+    weight, unheard = _stands_for(table[row.tag], kinds)
+    words = pd.Series(weight * table["words"].to_numpy(float), table.index)
+    return float(words[_of_slice(table, row.tag, row.value).index].sum() / (words.sum() + unheard * table["words"].mean())), "forecast"
+
 def _lever(clips, train_texts, usual):  # (lever, what to do), from what the errors of the clips are
     if clips is None: return usual
     if "label?" in clips and (c := on_labels_in_doubt(clips))["share"] >= .5: return "relabel", f"{c['errors']} of {c['of']} errors stand on labels in doubt: listen to these first"
@@ -363,12 +394,12 @@ def _of_all(table, train_texts):  # labels in doubt and unseen words of the whol
     w, e = table["words"].sum(), table["errors"].sum()
     if "label?" in table and (m := table["label?"]).any() and w > table.words[m].sum():
         own, rest, part = table.errors[m].sum() / table.words[m].sum(), table.errors[~m].sum() / table.words[~m].sum(), table.words[m].sum() / w
-        yield dict(what="labels in doubt", share=part, wer=own, reference=rest, against="labels that are believed", gain=part * (own - rest), evidence=f"{table.errors[m].sum()} of {e} errors, {m.sum()} clips", kind="relabel", lever="listen to them and correct them: a wrong label counts as an error of the model")
+        yield dict(what="labels in doubt", share=part, share_from="evaluated clips", wer=own, reference=rest, against="labels that are believed", gain=part * (own - rest), evidence=f"{table.errors[m].sum()} of {e} errors, {m.sum()} clips", kind="relabel", lever="listen to them and correct them: a wrong label counts as an error of the model")
     if train_texts is None: return
     s, n = (t := seen_words(table, train_texts)).loc["seen"], t.loc["unseen"]
     both = t.lost.sum() / max(t.words.sum(), 1)
     if s.words and n.words and n.rate - s.rate > 1.96 * math.sqrt(both * (1 - both) * (1 / s.words + 1 / n.words)):
-        yield dict(what="words never seen", share=n.words / t.words.sum(), wer=n.rate, reference=s.rate, against="words seen in training", gain=n.words / t.words.sum() * (n.rate - s.rate), evidence=f"{n.lost} of {n.words} lost: {n.most_lost}", kind="LM", lever=_UNSEEN)
+        yield dict(what="words never seen", share=n.words / t.words.sum(), share_from="evaluated clips", wer=n.rate, reference=s.rate, against="words seen in training", gain=n.words / t.words.sum() * (n.rate - s.rate), evidence=f"{n.lost} of {n.words} lost: {n.most_lost}", kind="LM", lever=_UNSEEN)
 
 # %% ../nbs/27_errors.ipynb #b4afd058
 def priorities(
@@ -377,20 +408,20 @@ def priorities(
     bias=None,            # from `bias_variance`
     shares=None,          # {tag: {value: share of the forecast traffic}} where it differs from the evaluated set; None: the scope's
     k=12,                 # rows
-    table=None,           # the clips that `found` was made from, with `label?` where labels were judged: the levers then follow the errors
+    table=None,           # the clips that `found` was made from, with `label?` where labels were judged: the levers then follow the errors, and the shares what the scope forecasts of measured properties
     train_texts=None,     # texts the model was trained on, to tell what it has never seen
-) -> pd.DataFrame:        # what, share, wer, reference, against, gain (of the overall rate), evidence, kind (collect, augment, relabel, model, LM), lever; best first
+) -> pd.DataFrame:        # what, share, share_from, wer, reference, against, gain (of the overall rate), evidence, kind (collect, augment, relabel, model, LM), lever; best first
     "What to work on next, ranked by what the overall error rate would gain."
     s = scope if isinstance(scope, Scope) else load_scope(scope)
     rows = [] if table is None else list(_of_all(table, train_texts))
     for r in found.itertuples():
-        share, (ref, whose) = (s.shares if shares is None else shares).get(r.tag, {}).get(r.value, r.share), reference(r, found, s)
+        (share, source), (ref, whose) = traffic_share(r, s, table, shares), reference(r, found, s)
         if r.wer <= ref or not (r.finding == "worse" or (r.tag == "slice" and r.value)): continue
         usual = _LEVERS.get(r.value, next((_LEVERS[t] for t in r.tag.split(" & ") if t in _LEVERS), ("collect", "look at its worst clips")))
         kind, lever = _lever(None if table is None else _of_slice(table, r.tag, r.value), train_texts, usual)
-        rows.append(dict(what=f"{r.tag} = {r.value or '(none)'}", share=share, wer=r.wer, reference=ref, against=whose, gain=share * (r.wer - ref), evidence=r.finding if r.finding != "worse" else f"worse than the rest, p = {r.p:.2g}", kind=kind, lever=lever))
+        rows.append(dict(what=f"{r.tag} = {r.value or '(none)'}", share=share, share_from=source, wer=r.wer, reference=ref, against=whose, gain=share * (r.wer - ref), evidence=r.finding if r.finding != "worse" else f"worse than the rest, p = {r.p:.2g}", kind=kind, lever=lever))
     for name in (bias or {}).get("real", []): rows.append(dict(what=_GAPS[name][0], share=1., gain=bias["gaps"][name], evidence="gap beyond noise", kind="model" if name == "bias" else "collect", lever=_GAPS[name][1].split(": ", 1)[1]))
     rows.sort(key=lambda r: -r["gain"])
     measured = set(found.loc[found.tag == "slice", "value"])
     rows += [dict(what=f"slice = {v}", reference=_target(s, "slice", v), against="target", evidence="not measured", kind="collect", lever="collect and label clips of it: the label queue") for v in s.slices if v not in measured]
-    return pd.DataFrame(rows[:k], columns=["what", "share", "wer", "reference", "against", "gain", "evidence", "kind", "lever"]).rename_axis("rank").rename(lambda i: i + 1)
+    return pd.DataFrame(rows[:k], columns=["what", "share", "share_from", "wer", "reference", "against", "gain", "evidence", "kind", "lever"]).rename_axis("rank").rename(lambda i: i + 1)

@@ -54,6 +54,7 @@ def faults(
 
 def _one(samples) -> np.ndarray:
     "One channel of finite samples, float32."
+    if (kind := np.asarray(samples).dtype).kind != "f": raise AudioError("bad_samples", f"{kind} samples; floats of -1 to 1 are wanted")
     x = np.asarray(samples, np.float32)
     if x.ndim != 1 or not np.isfinite(x).all(): raise AudioError("bad_samples", f"samples of shape {x.shape}{'' if np.isfinite(x).all() else ', some of them not finite'}; one channel (n,) of finite numbers is wanted")
     return x
@@ -167,7 +168,9 @@ def apply_policy(
     policy: Policy = Policy(),
 ) -> tuple:                      # samples (m,) float32; a flat dict of figures before and after
     "A clip as the policy wants it."
-    x, found = mono(np.asarray(samples).reshape(len(samples), -1))
+    x = np.atleast_1d(samples)
+    if not x.size: raise AudioError("empty", "0 samples; a recording is wanted")
+    x, found = mono(np.stack([_one(c) for c in np.atleast_2d(x.T)], 1))
     found |= faults(x)
     y, first = prepare(x, policy)
     end = first + len(y)
