@@ -90,7 +90,7 @@ def words_of_nobody(
     return pd.DataFrame([dict(kind=k, text=r["text"]) for (k, _), r in zip(sounds, recognizer.transcribe([x for _, x in sounds]))])
 
 # %% ../nbs/47_behaviour.ipynb #e889e02f
-NOISE_ALLOWED = dict(hum=1, kitchen=3)  # recordings of noise that may get words, by kind: what the base model writes into; of other kinds none
+NOISE_ALLOWED = dict(hum=1, street=1, kitchen=3)  # recordings of noise that may get words, by kind: what the base model writes into; of other kinds none
 
 def behaviour_checks(
     champion,       # Recognizer; None: there is none, and the limits are absolute
@@ -118,7 +118,7 @@ def _held(k, new, old, words, allowed, seed) -> dict:
                 detail=f"{p['wer_b']:.1%} of the words change, champion {p['wer_a']:.1%} (difference {100*p['lo']:+.1f} to {100*p['hi']:+.1f} points), allowed {allowed:.0%} or what the champion does")
 
 def _quiet(*heard) -> list:
-    "Nothing may be heard where there is nothing; of noise as many recordings of a kind as `NOISE_ALLOWED` or the champion's, and in all no more than the champion's."
+    "Nothing may be heard where there is nothing; of noise as many recordings of a kind as `NOISE_ALLOWED` or the champion's, and in all one more than the champion's at most."
     after, empty = heard[-1], heard[-1].kind.isin(STRICT)
     lost = after[empty & (after.text != "")]
     *old, new = [(t.text != "")[~t.kind.isin(STRICT)].groupby(t.kind, sort=False).sum() for t in heard]
@@ -127,8 +127,8 @@ def _quiet(*heard) -> list:
     said = "; ".join(f"{r.kind}: {r.text!r}" for r in after[~empty & (after.text != "")].itertuples())
     rule = f"allowed {', '.join(f'{k} {n}' for k, n in most.items() if n) or 'none'}, where {'the base model or the champion writes' if old else 'the base model writes'} letters too, and no other kind"
     return [dict(check="behaviour: empty and silent clips", ok=not len(lost), value=len(lost) / empty.sum(), detail=f"{len(lost)} of {empty.sum()} got words; allowed none"),
-            dict(check="behaviour: nobody speaks", ok=bool((new <= most).all() and (not old or new.sum() <= old[0].sum())), value=new.sum() / of.sum(),
-                 detail=f"{new.sum()} of {of.sum()} recordings of noise got words: {', '.join(f'{k} {n} of {of[k]}' for k, n in new.items())}{f' ({said[:80]})' if said else ''}; {rule}{f'; in all no more than the champion, {old[0].sum()}' if old else ''}")]
+            dict(check="behaviour: nobody speaks", ok=bool((new <= most).all() and (not old or new.sum() <= old[0].sum() + 1)), value=new.sum() / of.sum(),
+                 detail=f"{new.sum()} of {of.sum()} recordings of noise got words: {', '.join(f'{k} {n} of {of[k]}' for k, n in new.items())}{f' ({said[:80]})' if said else ''}; {rule}{f'; in all one more at most than the champion, {old[0].sum()}' if old else ''}")]
 
 def _keyword_check(*tried) -> dict:
     "Two binomial shares: the challenger's must not be lower than the champion's, or than a half where there is none, by more than two standard errors."
