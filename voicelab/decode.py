@@ -8,8 +8,9 @@ __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'faintest', 
            'log_odds', 'Confidence', 'witnesses', 'decode']
 
 # %% ../nbs/24_decode.ipynb #c9cdf745
-import re, unicodedata
+import gc, re, unicodedata
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nlargest
@@ -139,17 +140,29 @@ _END = "end"  # in a node: a keyword ends here
 _POSSESSIVE = [TOKENS.index(c) for c in "'s"]
 _STARTS = {i for i, t in enumerate(TOKENS) if t.startswith(WORD_START)}
 
+@contextmanager
+def _unswept():
+    "Python's search for cyclic garbage waits: a tree of thousands of small dicts would set it off again and again, and holds none."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
 @lru_cache(maxsize=8)
 def _tree(words: tuple) -> dict:
     "Units of normalised words and of their possessives as nested dicts."
-    root = {}
-    for text in dict.fromkeys(map(keyword_text, words)):
-        node = root
-        for i in encode(text): node = node.setdefault(i, {})
+    root, texts = {}, dict.fromkeys(map(keyword_text, words))
+    def enter(node, units):
+        for i in units:
+            if (below := node.get(i)) is None: below = node[i] = {}
+            node = below
         node[_END] = True
-        if text.endswith("'s"): continue
-        for i in _POSSESSIVE: node = node.setdefault(i, {})
-        node[_END] = True
+        return node
+    with _unswept():
+        for text in texts:
+            node = enter(root, encode(text))
+            if not text.endswith("'s"): enter(node, _POSSESSIVE)
     return root
 
 # %% ../nbs/24_decode.ipynb #573860d0

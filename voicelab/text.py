@@ -69,14 +69,16 @@ BLANK = 0
 WORD_START = "▁"
 TOKENS = ["<blk>"] + [WORD_START + c for c in ALPHABET] + list(ALPHABET)
 _IDS = {t: i for i, t in enumerate(TOKENS)}
+_FIRST, _NEXT = ({c: _IDS[mark + c] for c in ALPHABET} for mark in (WORD_START, ""))     # of a word's first letter, and of the others
 
 def encode(
     text: str,  # normalised text
 ) -> list:
     "Text to unit ids; raises `InputError` on a character outside the alphabet."
+    try: return [i for w in text.split(" ") if w for i in (_FIRST[w[0]], *map(_NEXT.__getitem__, w[1:]))]
+    except KeyError: pass
     bad = "".join(dict.fromkeys(c for c in text if c != " " and c not in ALPHABET))
-    if bad: raise InputError(f"text {text!r} has the characters {bad!r}; allowed are {ALPHABET!r} and spaces: normalise it first")
-    return [_IDS[c if i else WORD_START + c] for w in text.split() for i, c in enumerate(w)]
+    raise InputError(f"text {text!r} has the characters {bad!r}; allowed are {ALPHABET!r} and spaces: normalise it first")
 
 def decode_ids(
     ids,  # unit ids without blanks or repeats
