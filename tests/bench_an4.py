@@ -132,7 +132,7 @@ def compare():
     heard = 3 * sum(map(len, clips)) / 16000
     t = pd.DataFrame([dict(changed=", ".join(f"{k} {v}".strip() for k, v in d["changed"].items()) or "the recipe", seed=d["seed"], minutes=d["minutes"], million_parameters=round(d["parameters"] / 1e6, 2), times_real_time=round(heard / s),
                            greedy=d["dev_greedy_wer"]["errors"], wer=d["dev_wer"]["errors"], int8=d["dev_int8_wer"]["errors"], words=d["dev_wer"]["words"], commit=d["commit"]) for (_, d), s in zip(found, seconds)]).sort_values("int8")
-    print(t.to_markdown(index=False))
+    print(t.to_string(index=False))
     write_json(OUT / "tried.json", dict(runs=json.loads(t.to_json(orient="records")), measured_by="python tests/bench_an4.py --compare", commit=git_commit(), date=utc_now()))
     fig, ax = plt.subplots(figsize=(7, 4))
     dots = ax.scatter(t.million_parameters, 100 * t.int8 / t.words, c=t.times_real_time)

@@ -57,7 +57,7 @@ def test_cycle_on_recordings_of_people(corpora, tmp_path):
     results = check(run, out, tmp_path, "an4")
     assert results["2_data"]["outputs"]["eval_split"] == "dev"      # the official test set is not read by a test suite
     assert results["4_errors"]["metrics"]["wer"] < 0.18
-    story = subprocess.run([VOICELAB, "phase", "8_noise", "-p", "run_dir=reports/ci-an4-noise", "-p", f"cycle=reports/{run.name}", "-p", "epochs=1", "-p", "trainings=2", "-p", "control=false"], cwd=ROOT, env=dict(os.environ, VOICELAB_HOME=str(tmp_path)),
+    story = subprocess.run([VOICELAB, "phase", "8_noise", "-p", "run_dir=reports/ci-an4-noise", "-p", f"cycle=reports/{run.name}", "-p", "epochs=1", "-p", "trainings=2", "-p", "shares=[1.0, 0.5]", "-p", "control=false"], cwd=ROOT, env=dict(os.environ, VOICELAB_HOME=str(tmp_path)),
                            capture_output=True, text=True, timeout=900)
     assert story.returncode == 0, story.stdout + story.stderr
     told = json.loads((ROOT / "reports" / "ci-an4-noise" / "8_noise.json").read_text())
