@@ -62,6 +62,9 @@ def tuned(recognizer, rows):
     return dict(weight=weight, bonus=bonus), {f"{w}, {b}": round(100 * r, 2) for r, _, w, b in tried}
 
 
+def best_on_dev(seeds): return min(seeds, key=lambda s: (s["dev_int8_wer"]["errors"], s["seed"]))
+
+
 def out_of(a): return OUT / "small" if a.small else OUT
 
 
@@ -106,7 +109,7 @@ def summarise(a):
     for name in ("test_wer", "test_int8_wer", "test_greedy_wer", "dev_wer"):
         w = [100 * s[name]["wer"] for s in seeds]
         print(f"{name}: mean {np.mean(w):.2f} % over {len(w)} seeds ({min(w):.2f} to {max(w):.2f}), errors {[s[name]['errors'] for s in seeds]} of {seeds[0][name]['words']}")
-    best = min(seeds, key=lambda s: (s["dev_int8_wer"]["errors"], s["seed"]))["seed"]
+    best = best_on_dev(seeds)["seed"]
     model = out / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(home("an4-bundles", f"{'small-' * a.small}{best}"), model, ignore=shutil.ignore_patterns("model.onnx"))
@@ -121,7 +124,7 @@ def compare():
     clips = [read_audio(f) for f in table[table.split == "dev"].audio_filepath]
     found = [(p.parent / "bundle", read_json(p)) for p in home("runs").glob("bench-an4-*/result.json")]
     for out, name in ((OUT, "the recipe (kept)"), (OUT / "small", "the small recipe (kept)")):
-        if (out / "model").is_dir(): found.append((out / "model", min((read_json(p) for p in out.glob("seed-*.json")), key=lambda s: (s["dev_int8_wer"]["errors"], s["seed"])) | dict(changed={name: ""})))
+        if (out / "model").is_dir(): found.append((out / "model", best_on_dev(map(read_json, out.glob("seed-*.json"))) | dict(changed={name: ""})))
     recognizers, seconds = [Recognizer(bundle, "int8", 1, lm="none") for bundle, _ in found], np.zeros(len(found))
     for r in recognizers: r.transcribe(clips[:4])
     for n in range(3):  # in turns: a slow minute is slow for all

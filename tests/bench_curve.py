@@ -11,11 +11,10 @@ from pathlib import Path
 from voicelab.core import git_commit, home, utc_now, write_json
 from voicelab.curve import forecast, grow, held_back, in_words
 from voicelab.importers import import_corpus
-from voicelab.train import TrainConfig
+from voicelab.train import SCRATCH, TrainConfig
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "curve.json"
 SHARES = (.125, .25, .5, 1.)
-CONFIG = dict(epochs=30, dim=118, batch_seconds=30, lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, dropout=.05, average=5, masks=.5, check_every=100, workers=1, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1))
 
 
 def main():
@@ -25,7 +24,7 @@ def main():
     a = p.parse_args()
     table, rows = import_corpus("an4").query("split != 'test'").reset_index(drop=True), []
     for seed in range(a.seeds):
-        measured = grow(table, home("runs", f"bench-curve-{seed}-{git_commit()}"), TrainConfig(**CONFIG, seed=seed), SHARES, None, seed)
+        measured = grow(table, home("runs", f"bench-curve-{seed}-{git_commit()}"), TrainConfig(**SCRATCH, workers=1, seed=seed), SHARES, None, seed)
         found = forecast(measured)
         rows.append(dict(seed=seed, points=found.points.round(4).to_dict("records"), held_back=held_back(measured), forecast=in_words(found, a.target)))
         print(json.dumps(rows[-1], indent=1), flush=True)

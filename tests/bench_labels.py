@@ -11,10 +11,10 @@ from voicelab.consistency import out_of_fold
 from voicelab.core import git_commit, home, utc_now, write_json
 from voicelab.importers import import_corpus
 from voicelab.text import encode, min_frames
-from voicelab.train import TrainConfig
+from voicelab.train import SCRATCH, TrainConfig
 
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "labels.json"
-CONFIG = dict(epochs=60, dim=118, batch_seconds=30, lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, splice=.5, dropout=.05, average=10, masks=.5, check_every=100, workers=1, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1, speeds=[.88, .94, 1., 1.06, 1.12]))
+CONFIG = SCRATCH | dict(epochs=60, splice=.5, average=10, workers=1, augment=SCRATCH["augment"] | dict(speeds=[.88, .94, 1., 1.06, 1.12]))
 
 
 KINDS = ("exchanged texts", "exchanged words", "dropped", "inserted", "substituted")
@@ -55,7 +55,7 @@ def main():
     table = import_corpus("an4")
     spoilt = spoil(table[table.split == "train"].reset_index(drop=True), a.share, a.seed)
     start = time.time()
-    ranked = out_of_fold(spoilt, home("runs", f"bench-labels-{a.seed}-{a.folds}-{git_commit()}"), TrainConfig(**CONFIG), a.folds, None)
+    ranked = out_of_fold(spoilt, home("runs", f"bench-labels-{a.seed}-{a.folds}-{git_commit()}"), TrainConfig(**CONFIG), a.folds)
     ranked["top"] = np.arange(len(ranked)) < len(ranked) // 10
     bad = ranked[ranked.spoilt != ""]
     by = bad.groupby("spoilt").top.agg(["sum", "count"])

@@ -97,7 +97,6 @@ def test_train_refuses_bad_rows_by_id(tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["clips"] == 20
 
 
-
 def test_sweep_of_the_command_line(tmp_path):
     "`voicelab sweep` names bad rows before a trial starts; without them it trains few epochs with fixed tables and a rate by rule, ranks the trials and ends with 0."
     manifest = tones(tmp_path)
@@ -119,6 +118,7 @@ def test_sweep_of_the_command_line(tmp_path):
     assert sorted((r["epochs"], r["epochs_run"], r["lr"], r["ended"]) for r in table) == [(1, 1, 2e-3, "done"), (2, 2, 2e-3, "done")], table
     assert [r["dev_wer"] for r in table] == sorted(r["dev_wer"] for r in table) and (tmp_path / "sweep" / "sweep.csv").is_file()
     assert {json.loads((tmp_path / "sweep" / r["trial"] / "run.json").read_text())["train"]["augment"]["room"] for r in table} == {0}
+
 
 def wandb_records(path):
     "The records of an offline run: protobufs in the blocks of a LevelDB log, behind a header of 7 bytes."

@@ -90,7 +90,7 @@ def words_of_nobody(
     return pd.DataFrame([dict(kind=k, text=r["text"]) for (k, _), r in zip(sounds, recognizer.transcribe([x for _, x in sounds]))])
 
 # %% ../nbs/47_behaviour.ipynb #e889e02f
-NOISE_ALLOWED = dict(hum=2, street=1, kitchen=3)  # recordings of noise that may get words, by kind: what the base model writes into; of other kinds none
+NOISE_ALLOWED = dict(hum=2, street=1, kitchen=3)  # recordings of noise that may get words, by kind, as the base model and quick trainings from it write into them: of hum and kitchen all; of other kinds none
 
 def behaviour_checks(
     champion,       # Recognizer; None: there is none, and the limits are absolute
@@ -125,7 +125,7 @@ def _quiet(*heard) -> list:
     limit, of = pd.Series(NOISE_ALLOWED).reindex(new.index, fill_value=0), after.kind[~empty].value_counts()
     most = np.maximum(limit, old[0]) if old else limit
     said = "; ".join(f"{r.kind}: {r.text!r}" for r in after[~empty & (after.text != "")].itertuples())
-    rule = f"allowed {', '.join(f'{k} {n}' for k, n in most.items() if n) or 'none'}, where {'the base model or the champion writes' if old else 'the base model writes'} letters too, and no other kind"
+    rule = f"allowed {', '.join(f'{k} {n}' for k, n in most.items() if n) or 'none'}, where the base model{' or the champion' if old else ''} and what is quickly made of it write letters, and no other kind"
     return [dict(check="behaviour: empty and silent clips", ok=not len(lost), value=len(lost) / empty.sum(), detail=f"{len(lost)} of {empty.sum()} got words; allowed none"),
             dict(check="behaviour: nobody speaks", ok=bool((new <= most).all() and (not old or new.sum() <= old[0].sum() + 1)), value=new.sum() / of.sum(),
                  detail=f"{new.sum()} of {of.sum()} recordings of noise got words: {', '.join(f'{k} {n} of {of[k]}' for k, n in new.items())}{f' ({said[:80]})' if said else ''}; {rule}{f'; in all one more at most than the champion, {old[0].sum()}' if old else ''}")]

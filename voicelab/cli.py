@@ -77,9 +77,9 @@ def cmd_phase(a):
 def cmd_data_import(a):
     "bring in a corpus, verify it and store it as a dataset version: errors stop, warnings are set aside"
     from voicelab.importers import import_corpus
-    from voicelab.manifest import write_version
+    from voicelab.manifest import check_name, write_version
     from voicelab.verify import quarantine, stop_on_errors, verify
-    if not re.fullmatch(r"[\w.-]+", name := a.name or re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(a.corpus)).stem).strip("-.")): raise InputError(f"{a.corpus} gives no name to a version; say one with --name, of letters, digits, dots, dashes and underscores")
+    name = check_name(a.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(os.path.abspath(a.corpus)).stem).strip("-.")[:64] or "corpus")      # now, not after an hour of verification
     table = import_corpus(a.corpus, a.unlabelled)
     for what, n in table.attrs.get("skipped", {}).items(): print(f"skipped: {n} {what}", file=sys.stderr)
     problems = verify(table, max_seconds=a.max_seconds, shared_speakers=a.shared_speakers)

@@ -153,9 +153,9 @@ def out_of_fold(
     init=None,               # None: from scratch; or the folder of a model that has not learnt these labels
 ) -> pd.DataFrame:           # as of `judge`, and the fold of each row
     "Every label judged by a model that has heard neither its clip nor its speaker."
-    from voicelab.model import heard_before
+    from voicelab.model import must_be_new
     from voicelab.train import train            # here, so that whoever only reads labels does not wait for torch
-    if known := heard_before(init, table): raise InputError(f"the model {init} has learnt the labels of {', '.join(known)}; begin from scratch, or from a model that has not")
+    must_be_new(table, init)
     table, parts = table.reset_index(drop=True), []
     for k, fold in enumerate(sorted(set(dealt := deal(table, folds)))):
         run = Path(out)/f"fold-{k}"

@@ -158,9 +158,9 @@ def grow(
     seed: int = 0,        # of the order of the speakers
 ) -> pd.DataFrame:        # hours, speaker, errors, words, hyp of each dev clip at each size
     "The same training on growing parts of the data, each measured on the same dev clips. A part that was trained before is not trained again."
-    from voicelab.model import heard_before
+    from voicelab.model import must_be_new
     from voicelab.train import train            # here, so that whoever only reads a curve does not wait for torch
-    if known := heard_before(init, table): raise InputError(f"the model {init} has learnt the recordings of {', '.join(known)}; begin from scratch, or from a model that has not")
+    must_be_new(table, init)
     dev = table[table.split == "dev"].reset_index(drop=True)
     if not len(dev): raise InputError(f"the manifest has no rows with split 'dev'; its splits are {sorted(table.split.unique())}")
     measured = []

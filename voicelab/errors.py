@@ -138,7 +138,7 @@ def on_labels_in_doubt(
 def difference(
     a: pd.DataFrame,   # an `error_table` of one model
     b: pd.DataFrame,   # of the other, on the same rows in the same order
-    groups="speaker",  # units that go together; where there are fewer than eight: utterances
+    groups="speaker",  # units that go together, as `paired_bootstrap` takes them; where the column is missing: utterances
 ) -> tuple:            # dict as `paired_bootstrap` gives it, and the clips with other words: a's rows with `hyp_b`, `errors_b`, `gain` (errors less in b)
     "Is b better than a, and where do they differ? Raises `InputError` where they are not about the same texts."
     if list(a["text"]) != list(b["text"]): raise InputError(f"the two tables hold {len(a)} and {len(b)} rows, and not the same texts in the same order")
@@ -146,7 +146,7 @@ def difference(
     t = a.assign(hyp_b=list(b["hyp"]), errors_b=list(b["errors"]))
     t["gain"] = t["errors"] - t["errors_b"]
     other = t[t["hyp"] != t["hyp_b"]]
-    found = paired_bootstrap(t["errors"], t["errors_b"], t["words"], t[groups] if groups in t and t[groups].nunique() >= 8 else None)      # of a few people no interval can be drawn
+    found = paired_bootstrap(t["errors"], t["errors_b"], t["words"], t.get(groups))
     return found, other.loc[other["gain"].abs().sort_values(ascending=False, kind="stable").index]
 
 def in_words(

@@ -174,17 +174,20 @@ def readable(
     return table.style.format({c: "{:.1%}" if c in _RATES else "{:,.3g}" for c in floats}, na_rep="–")
 
 # %% ../nbs/25_evaluate.ipynb #d95b5364
+_FEWEST = 8  # groups
+
 def paired_bootstrap(
     errors_a,     # (U,) errors of a, e.g. the champion
     errors_b,     # (U,) errors of b on the same utterances in the same order, e.g. the challenger
     words,        # (U,) reference words
-    groups=None,  # (U,) resample these as wholes, e.g. speakers
+    groups=None,  # (U,) resample these as wholes, e.g. speakers; fewer than eight are none, for of a few people no interval can be drawn
     n=1000,       # resamples
     seed=0,       # of the resampling
 ) -> dict:        # `diff` = wer_b − wer_a, its 95 % interval `lo` `hi`, two-sided `p`, `wer_a`, `wer_b`, `n` utterances
     "Is b better than a on the same utterances?"
     sizes = [len(x) for x in (errors_a, errors_b, words)]
     if len(set(sizes)) > 1 or not np.sum(words): raise InputError(f"paired results of {sizes} utterances with {int(np.sum(words))} words; allowed are equal numbers of utterances and at least one word")
+    if groups is not None and len(set(unit_codes(groups, len(words)))) < _FEWEST: groups = None
     a, b, w = _units(groups, errors_a, errors_b, words)
     ds, ws = _resample([b - a, w], n, seed)
     d = ds[ws > 0] / ws[ws > 0]

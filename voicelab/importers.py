@@ -372,13 +372,13 @@ def written(
     where: str,        # begins an error
 ) -> str:              # None where it has no textarea
     "The transcription of an annotation: of the field `transcription` or `text` where there are several; parts with times in the order of their times."
-    areas = [r for r in annotation.get("result", []) if r.get("type") == "textarea"]
-    if len(names := sorted({str(r.get("from_name", "")) for r in areas})) > 1:
+    try: areas = [(str(r.get("from_name", "")), r["value"].get("start") or 0, r["value"]["text"]) for r in annotation.get("result", []) if r.get("type") == "textarea"]
+    except (KeyError, TypeError, AttributeError) as e: raise InputError(f"{where}: an annotation is not as Label Studio writes it ({type(e).__name__}: {e})") from e
+    if len(names := sorted({name for name, _, _ in areas})) > 1:
         if len(own := [n for n in names if n.lower() in ("transcription", "transcript", "text")]) != 1:
             raise InputError(f"{where}: it has the text fields {', '.join(names)}; one of them must be called transcription (or transcript, text)")
-        areas = [r for r in areas if r.get("from_name") == own[0]]
-    said = [r["value"]["text"] for r in sorted(areas, key=lambda r: r["value"].get("start") or 0)]
-    return " ".join(" ".join(t) if isinstance(t, list) else t for t in said).strip() if said else None
+        areas = [a for a in areas if a[0] == own[0]]
+    return " ".join(" ".join(t) if isinstance(t, list) else t for _, _, t in sorted(areas, key=lambda a: a[1])).strip() if areas else None
 
 def _labelstudio_text(task: dict, where: str, skipped: Counter) -> str | None:
     "The transcription of a task; None when nobody gave one."

@@ -170,9 +170,7 @@ def _read_labels(path):
         task = (item.get("data") or {}).get("task_id") if isinstance(item, dict) and isinstance(item.get("data") or {}, dict) else None
         if not task: raise InputError(f"item {i+1} of {path} has no data.task_id; export the tasks with `voicelab labels export` first")
         for a in item.get("annotations") or []:
-            try: text = written(a, f"item {i+1} of {path}")
-            except (KeyError, TypeError, AttributeError) as e: raise InputError(f"item {i+1} of {path}: an annotation is not as Label Studio writes it ({type(e).__name__}: {e})") from e
-            who = a.get("completed_by")
+            text, who = written(a, f"item {i+1} of {path}"), a.get("completed_by")
             out.append(dict(task_id=task, text=text or "", annotator=str(who.get("email") if isinstance(who, dict) else who or "label-studio"),
                             status="reject" if a.get("was_cancelled") or not text else "accept"))
     return out

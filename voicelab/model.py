@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'out_lengths', 'valid', 'cmn', 'flip_index', 'BiLSTM', 'ClipDropout', 'CTCModel', 'PretrainedCTC',
-           'new_model', 'save_model', 'load_model', 'base_dir', 'heard_before']
+           'new_model', 'save_model', 'load_model', 'base_dir', 'must_be_new']
 
 # %% ../nbs/21_model.ipynb #9cbce3a8
 from dataclasses import asdict, dataclass, field, fields
@@ -236,12 +236,13 @@ def base_dir() -> Path:
     "The folder of the base model that ships with voicelab."
     return package_path("base")
 
-def heard_before(
-    init,       # None: nothing; "base", or the folder of a model
+def must_be_new(
     table,      # a manifest
-) -> list:      # sources of the table, sorted
-    "Whose recordings, by `source`, a model or one that it descends from has learnt, with their labels: it cannot judge these labels, nor say what they are worth."
-    if init is None or "source" not in table: return []
+    init,       # who begins: None, "base", or the folder of a model
+):
+    "Refuse a model that has learnt these recordings, by `source`, or descends from one that has: it cannot judge their labels, nor say what they are worth."
+    if init is None or "source" not in table: return
     try: config = read_json((base_dir() if init == "base" else Path(init))/"config.json")
-    except (InputError, OSError): return []          # the parent is no longer here
-    return sorted(set(config.get("heard", [])) & set(table["source"]) | set(heard_before(config.get("parent"), table)))
+    except (InputError, OSError): return          # a parent that is no longer here
+    if known := sorted(set(config.get("heard", [])) & set(table["source"])): raise InputError(f"the model {init} has learnt the recordings and labels of {', '.join(known)}; begin from scratch, or from a model that has not")
+    must_be_new(table, config.get("parent"))

@@ -172,9 +172,8 @@ def serving_check(
 
 # %% ../nbs/42_retrain.ipynb #b8dc1737
 def _paired(table, seed=0):
-    "Paired bootstrap of a `compare` table, by person where there are enough."
-    groups = table["speaker"] if "speaker" in table and table["speaker"].nunique() >= 8 else None
-    return paired_bootstrap(table["errors"], table["new_errors"], table["words"], groups=groups, n=2000, seed=seed) | dict(words=int(table["words"].sum()))
+    "Paired bootstrap of a `compare` table, by person."
+    return paired_bootstrap(table["errors"], table["new_errors"], table["words"], groups=table.get("speaker"), n=2000, seed=seed) | dict(words=int(table["words"].sum()))
 
 def _points(r): return f"WER {r['wer_a']:.1%} to {r['wer_b']:.1%}, difference {100*r['diff']:+.2f} points ({100*r['lo']:+.2f} to {100*r['hi']:+.2f}, {r['n']} clips)"
 
