@@ -68,10 +68,10 @@ def best_on_dev(seeds): return min(seeds, key=lambda s: (s["dev_int8_wer"]["erro
 def out_of(a): return OUT / "small" if a.small else OUT
 
 
-def run_seed(a, change, named=None):
-    table = import_corpus("an4")
+def run_seed(a, change, named=None, run=None):
+    table, commit = import_corpus("an4"), a.trained_at or git_commit()
     cfg = TrainConfig(**{**RECIPE, **(SMALL if a.small else {}), "seed": a.seed, **change})
-    run = home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{(commit := a.trained_at or git_commit())}")     # now: in half an hour the tree may be another
+    run = run or home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{commit}")     # now: in half an hour the tree may be another
     if a.trained_at and not (run / "metrics.json").is_file(): raise SystemExit(f"{run} holds no finished run")
     metrics = train(table[table.split.isin(["train", "dev"])], run, cfg)
     curve = pd.read_csv(run / "curve.csv")
@@ -91,7 +91,7 @@ def run_seed(a, change, named=None):
             t = summary(evaluate(rows, recognizer)).iloc[0]
             result[f"{split}_{name}wer"] = dict(wer=t.wer, lo=t.lo, hi=t.hi, cer=t.cer, errors=int(t.errors), words=int(t.words))
             print(f"{split} {name or 'with the language model '}WER {100 * t.wer:.2f} % ({100 * t.lo:.2f} to {100 * t.hi:.2f}), {int(t.errors)} of {int(t.words)} words", flush=True)
-    result |= dict(measured_by=f"python {' '.join(['tests/bench_an4.py', *sys.argv[1:]])}", commit=git_commit(), trained_at=commit, date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
+    result |= dict(measured_by=f"python {' '.join(['tests/' + Path(sys.argv[0]).name, *sys.argv[1:]])}", commit=git_commit(), trained_at=commit, date=utc_now(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
     result = json.loads(json.dumps(result, default=float))
     write_json(run / "result.json", {k: v for k, v in result.items() if not k.startswith("test_")} | dict(changed={**(SMALL if a.small else {}), **change} if named is None else named))
     if not a.test: return print(json.dumps(result, indent=1))
