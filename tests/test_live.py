@@ -1,5 +1,5 @@
 """The base model behind the real server: live speech through OpenAI's own realtime client and a plain vosk-style one, many streams at once, clients that vanish, long files, recordings of people."""
-import asyncio, base64, json, threading, time
+import asyncio, base64, json, shutil, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from rapidfuzz import fuzz
 from starlette.testclient import TestClient
 
 from voicelab.audio import read_audio, wav_bytes, write_wav
+from voicelab.core import read_json, write_json
 from voicelab.evaluate import wer
 from voicelab.export import toy_tones
 from voicelab.importers import import_corpus
@@ -155,6 +156,22 @@ def test_last_tone_is_not_lost(toy_home, tmp_path, monkeypatch):
             samples = toy_tones(text)
             cut = soxr.resample(samples[:np.flatnonzero(np.abs(samples) > .05)[-1] + 1], 16000, rate)
             with client.websocket_connect("/v1/realtime") as ws: assert talked(SimpleNamespace(send=ws.send_text, recv=ws.receive_text), cut, rate, turns=False) == text
+
+
+def test_a_stream_under_a_policy_reads_what_the_file_reads(base_bundle, clips, tmp_path, monkeypatch):
+    "A model with an audio policy: a soft clip between seconds of hiss, streamed, is cut as it comes; as a file it is cut when it is whole. Both have the same words, and those of the query."
+    monkeypatch.setenv("VOICELAB_HOME", str(tmp_path))
+    bundle = shutil.copytree(base_bundle, tmp_path / "bundle")
+    write_json(bundle / "config.json", read_json(bundle / "config.json") | dict(policy=dict(level=True, trim=True)))
+    service = Service(Models(lambda: (bundle, "policy@1"), lambda folder, label: Recognizer(folder, label=label)), RequestLog())
+    client, pairs, rng = TestClient(add_live(build_app(service), service)), [], np.random.default_rng(0)
+    def soft(x): return (.05 * np.concatenate([rng.normal(0, 2e-3, 24000), x, rng.normal(0, 2e-3, 24000)])).astype(np.float32)
+    for samples in (soft(x) for _, x in clips):
+        with client.websocket_connect("/v1/realtime") as ws: streamed = talked(SimpleNamespace(send=ws.send_text, recv=ws.receive_text), samples, 16000, turns=True)
+        whole = client.post("/v1/audio/transcriptions", files=dict(file=("a.wav", wav_bytes(samples)))).json()["text"]
+        pairs.append((whole, streamed))
+    assert wer(*map(list, zip(*pairs))) < .1, pairs
+    assert wer([t for t, _ in clips], [s for _, s in pairs]) < .35, pairs
 
 
 def test_vosk_client(url, clips):
