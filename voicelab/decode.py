@@ -8,9 +8,8 @@ __all__ = ['FRAME', 'Span', 'greedy_spans', 'greedy', 'word_spans', 'faintest', 
            'log_odds', 'Confidence', 'witnesses', 'decode']
 
 # %% ../nbs/24_decode.ipynb #c9cdf745
-import gc, re, unicodedata
+import re, unicodedata
 from collections.abc import Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nlargest
@@ -136,34 +135,20 @@ def keyword_text(
     return text
 
 # %% ../nbs/24_decode.ipynb #7de03c51
-_END = "end"  # in a node: a keyword ends here
 _POSSESSIVE = [TOKENS.index(c) for c in "'s"]
 _STARTS = {i for i, t in enumerate(TOKENS) if t.startswith(WORD_START)}
-
-@contextmanager
-def _unswept():
-    "Python's search for cyclic garbage waits: a tree of thousands of small dicts would set it off again and again, and holds none."
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if on: gc.enable()
+_WIDTH = len(TOKENS)
 
 @lru_cache(maxsize=8)
-def _tree(words: tuple) -> dict:
-    "Units of normalised words and of their possessives as nested dicts."
-    root, texts = {}, dict.fromkeys(map(keyword_text, words))
-    def enter(node, units):
-        for i in units:
-            if (below := node.get(i)) is None: below = node[i] = {}
-            node = below
-        node[_END] = True
-        return node
-    with _unswept():
-        for text in texts:
-            node = enter(root, encode(text))
-            if not text.endswith("'s"): enter(node, _POSSESSIVE)
-    return root
+def _tree(words: tuple) -> tuple:
+    "Prefix tree of normalised words and of their possessives, from node 0: node·width + unit → node, and the nodes in which one ends. A dict of numbers: thousands of small dicts take longer to build, and to look through for garbage."
+    edges, ends = {}, set()
+    for text in dict.fromkeys(map(keyword_text, words)):
+        node = 0
+        for units in (encode(text),) if text.endswith("'s") else (encode(text), _POSSESSIVE):
+            for i in units: node = edges.setdefault(node*_WIDTH + i, len(edges) + 1)
+            ends.add(node)
+    return edges, ends
 
 # %% ../nbs/24_decode.ipynb #573860d0
 class Keywords:
@@ -176,38 +161,42 @@ class Keywords:
         if isinstance(words, str): raise InputError(f"keywords is the text {words!r}; it must be a list of words")
         if not isinstance(words, Iterable): raise InputError(f"keywords is {words!r}; it must be a list of words")
         words = tuple(w if isinstance(w, str) else keyword_text(w) for w in words)
-        self.bonus, self.entry, self.root = bonus, entry, _tree(words)
-
-    def _worth(self, depth): return max(depth*self.bonus - self.entry, 0.0)
+        self.bonus, self.entry, (self.edges, self.ends) = bonus, entry, _tree(words)
 
     def start(self):
         "State of an empty text: readings of (tree node, units matched, bonus that is safe), the last one begun last and with the most that is safe."
-        return (self.root, 0, 0.0),
+        return (0, 0, 0.0),
 
     def step(self,
         state: tuple,  # as `start` gives it
         unit: int,  # the next unit
     ) -> tuple:
         "State after one more unit."
-        onward = [(node[unit], depth + 1, safe) for node, depth, safe in state if depth and unit in node]
-        if unit in _STARTS:
-            safe = self.score(state, final=True)
-            return *onward, (self.root[unit], 1, safe) if unit in self.root else ({}, 0, safe)
+        edges, begins = self.edges, self.edges.get(unit) if unit in _STARTS else None
+        if len(state) == 1 and not state[0][1]: return ((begins, 1, state[0][2]),) if begins else state      # most texts are within no keyword
+        onward = [(edges[key], depth + 1, safe) for node, depth, safe in state if depth and (key := node*_WIDTH + unit) in edges]
+        if unit in _STARTS: return *onward, (begins, 1, self.score(state, final=True)) if begins else (0, 0, self.score(state, final=True))
         safe = state[-1][2]
-        return tuple(onward) if onward and onward[-1][2] == safe else (*onward, ({}, 0, safe))
+        return tuple(onward) if onward and onward[-1][2] == safe else (*onward, (0, 0, safe))
 
     def score(self,
         state: tuple,  # as `step` gives it
         final: bool = False,  # is the clip, or the word, over?
     ) -> float:
         "Bonus of a state; at the end of the clip an unfinished keyword is worth nothing."
-        return max(safe + (self._worth(depth) if not final or _END in node else 0.0) for node, depth, safe in state)
+        best = state[-1][2]
+        for node, depth, safe in state:
+            if depth and (not final or node in self.ends): best = max(best, safe + depth*self.bonus - self.entry)
+        return best
 
-    def expected(self,
+    def expects(self,
         state: tuple,  # as `step` gives it
-    ) -> list:  # of units
-        "What would continue a keyword that has begun."
-        return [u for node, depth, _ in state if depth for u in node if u != _END]
+        unit: int,
+    ) -> bool:
+        "Would the unit continue a keyword that has begun?"
+        for node, depth, _ in state:
+            if depth and node*_WIDTH + unit in self.edges: return True
+        return False
 
 # %% ../nbs/24_decode.ipynb #bedc2ff9
 @dataclass
@@ -263,16 +252,16 @@ def prefix_beam(
 ) -> list:  # of (unit ids, score), best first
     "CTC prefix beam search: texts with the natural log of their probability, language model and keyword bonus included."
     tried = log_probs >= np.minimum(np.log(max(floor, 1e-30)), log_probs.max(1, keepdims=True)) if len(log_probs) else log_probs
-    faint = np.log(faint)
+    hoped = (log_probs >= np.log(faint)) & ~tried if keywords and len(log_probs) else [()]*len(log_probs)
     beams = {_Text(BLANK, None, fusion.lm.start() if fusion else None, 0.0, keywords.start() if keywords else None, 0.0): (0.0, _NONE)}
-    for frame, units in zip(log_probs.astype(float).tolist(), tried):
-        units, grown = [u for u in np.flatnonzero(units).tolist() if u != BLANK], {}
+    for frame, units, more in zip(log_probs.astype(float).tolist(), tried, hoped):
+        (units, more), grown = ([u for u in np.flatnonzero(us).tolist() if u != BLANK] for us in (units, more)), {}
         for text, (pb, pu) in beams.items():
             both = _add(pb, pu)
             same = grown.setdefault(text, [_NONE, _NONE])
             same[0] = _add(same[0], both + frame[BLANK])
             if text.parent: same[1] = _add(same[1], pu + frame[text.unit])
-            for u in units if not keywords else units + [u for u in keywords.expected(text.state) if frame[u] >= faint and u not in units]:
+            for u in units + [u for u in more if keywords.expects(text.state, u)] if more else units:
                 longer = grown.setdefault(_grow(text, u, keywords, fusion), [_NONE, _NONE])
                 longer[1] = _add(longer[1], (pb if text.parent and u == text.unit else both) + frame[u])
         beams = grown if len(grown) <= beam else dict(nlargest(beam, grown.items(), key=lambda g: _add(*g[1]) + g[0].lm + g[0].keywords))
