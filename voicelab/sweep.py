@@ -15,8 +15,8 @@ import numpy as np, pandas as pd
 from .augment import Augment
 from .core import InputError, read_json, setting
 from .loader import ClipStore, units
-from .model import base_dir, load_model
-from .train import TrainConfig, train, usual_lr
+from .model import base_dir, load_model, new_model
+from .train import TrainConfig, teacher, train, usual_lr
 
 # %% ../nbs/44_sweep.ipynb #f500f7b4
 def parse_space(
@@ -82,7 +82,8 @@ def sweep(
     configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
     for t, cfg in configs.items():
         if (out/t/"run.json").exists() and asdict(TrainConfig()) | read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
-    todo = [t for t in drawn if not (out/t/"metrics.json").exists()]
+    ended = pd.read_csv(out/"sweep.csv").set_index("trial").ended.to_dict() if (out/"sweep.csv").exists() else {}     # one that was stopped stays so
+    todo = [t for t in drawn if not (out/t/"metrics.json").exists() and ended.get(t) != "stopped"]
     if todo: _learnable(table, configs.values(), init)
     out.mkdir(parents=True, exist_ok=True)
     table.to_pickle(out/"table.pkl")
@@ -98,11 +99,13 @@ def sweep(
     return rows
 
 def _learnable(table, configs, init):
-    "Raise `InputError` for what no trial could learn from: rows that are bad at the shortest step, changes of clips that do not exist."
+    "Raise `InputError` for what no trial could learn from: rows that are bad at the shortest step, changes of clips that do not exist, a teacher of another kind."
     for cfg in configs: Augment(**cfg.augment)
     rows = table[table.split.isin(["train", "dev"])].reset_index(drop=True)
-    strides = [cfg.model.stride for cfg in configs] if init is None else [load_model(base_dir() if init == "base" else init).cfg.stride]
-    units(rows, ClipStore(rows.audio_filepath), min(strides))
+    start = None if init is None else load_model(base_dir() if init == "base" else init)
+    for cfg in configs:
+        if cfg.teacher: teacher(cfg.teacher, start or new_model(cfg.model))
+    units(rows, ClipStore(rows.audio_filepath), start.cfg.stride if start else min(cfg.model.stride for cfg in configs))
 
 def _tune(run, todo, out, configs, halve, at_once):
     "Let Ray Tune run the trials; returns what those that failed said."
