@@ -18,8 +18,8 @@ from voicelab.train import SCRATCH, TrainConfig, train
 OUT = Path(__file__).parent.parent / "reports" / "benchmarks" / "labels.json"
 SPEEDS = [.88, .94, 1., 1.06, 1.12]
 SYNTHETIC = SCRATCH | dict(epochs=4, dim=160, batch_seconds=40., masks=.4, plain=1, check_every=1, average=2, workers=1, augment=dict(noises=["coloured", "car"], noise=.3, room=.2, phone=.1, silence=.2, speeds=SPEEDS))
-SCRATCHED = SCRATCH | dict(epochs=60, splice=.5, average=10, workers=1, augment=SCRATCH["augment"] | dict(speeds=SPEEDS))
-JUDGE = SCRATCHED | dict(epochs=30, lr=5e-4, plain=0)
+SCRATCHED = SCRATCH | dict(epochs=60, masks=.5, splice=.5, average=10, workers=1, augment=SCRATCH["augment"] | dict(speeds=SPEEDS))
+JUDGE = SCRATCHED | dict(epochs=30, lr=5e-4, masks=0., plain=0)
 
 
 KINDS = ("exchanged texts", "exchanged words", "dropped", "inserted", "substituted")

@@ -81,7 +81,7 @@ class TrainConfig:
     @property
     def model(self): return ModelConfig(dim=self.dim, layers=self.layers, dropout=self.dropout, stride=self.stride, encoder=self.encoder, policy=self.policy)  # shape of a new one
 
-SCRATCH = dict(epochs=30, dim=118, batch_seconds=30., lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, dropout=.05, masks=.5, check_every=100, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1))  # a million parameters from nothing, on an hour of speech or less
+SCRATCH = dict(epochs=30, dim=118, batch_seconds=30., lr=1.5e-3, warmup=.05, plain=4, stride=4, phones=.3, dropout=.05, masks=0., check_every=100, noise_only=0., augment=dict(noise=.1, room=0., phone=0., silence=.1))  # a million parameters from nothing, on an hour of speech or less; masks pay from some sixty epochs on
 QUICK = dict(epochs=4, lr=3e-4, masks=0.5, dropout=0.0, average=2, check_every=4, warmup=0.2)  # fine-tune the base model
 
 # %% ../nbs/26_train.ipynb #eb7a033f
