@@ -2,7 +2,7 @@
 
 Rounds of one epoch over AN4's training speakers, each from the same weights; compared within a round. Every clock starts when the first step is over: workers that start and a first batch that nobody could
 prepare belong to no step. `augment_share`: how much longer an epoch takes with the default policy than with clips as they are; `noise_share`: with the policy against noise; `_a_frame`: the same, had the silence and
-the tempo of the policies not made the clips longer.
+the tempo of the policies not made the clips longer. `augment_own`, `noise_own`: what the policy itself takes of one core for an epoch, as a share of the epoch with it; that is what it costs at most, were nothing done beside it.
 """
 import argparse, os, platform, sys, tempfile, time
 from pathlib import Path
@@ -15,7 +15,7 @@ from voicelab.augment import Augment
 from voicelab.core import git_commit, setting, utc_now, write_json
 from voicelab.errors import remedy
 from voicelab.importers import import_corpus
-from voicelab.loader import Clips, loader
+from voicelab.loader import Clips, ClipStore, loader
 from voicelab.model import CTCModel, ModelConfig
 from voicelab.train import Recipe, TrainConfig, _fit, fastest
 
@@ -57,6 +57,15 @@ def bare(model, cfg, data):
     return asked - start, wait, frames
 
 
+def own(policy, rows, n):
+    "Seconds of one core that a policy takes for an epoch, without reading, features and steps."
+    store = ClipStore(rows.audio_filepath)
+    clips = [store[i] for i in range(len(rows))]
+    start = time.process_time()
+    for i, x in enumerate(clips): policy.padded(x, np.random.default_rng((n, i)), clips)
+    return time.process_time() - start
+
+
 class Clocked(Recipe):
     "Notes when each step is over."
     ends = []
@@ -87,10 +96,11 @@ def measured(n, rows, cfg, ops):
     noisy, _, noisy_frames = got["noise"]
     return dict(round=n, lightning_s=round(got["lightning"], 2), bare_s=round(seconds, 2), plain_s=round(plain, 2), noise_s=round(noisy, 2), overhead=round(got["lightning"] / seconds - 1, 4), waiting=round(wait / seconds, 4),
                 augment_share=round(seconds / plain - 1, 4), augment_share_a_frame=round(seconds / plain * plain_frames / frames - 1, 4), noise_share=round(noisy / plain - 1, 4), noise_share_a_frame=round(noisy / plain * plain_frames / noisy_frames - 1, 4),
+                augment_own=round(own(POLICIES["default"], rows, n) / seconds, 4), noise_own=round(own(POLICIES["noise"], rows, n) / noisy, 4),
                 utilisation=round(work(model, frames) / seconds / ops, 4))
 
 
-KEYS = "overhead waiting augment_share augment_share_a_frame noise_share noise_share_a_frame utilisation".split()
+KEYS = "overhead waiting augment_share augment_share_a_frame augment_own noise_share noise_share_a_frame noise_own utilisation".split()
 
 
 def main():
