@@ -140,8 +140,10 @@ def compare():
     fig, ax = plt.subplots(figsize=(7, 4))
     dots = ax.scatter(t.million_parameters, 100 * t.int8 / t.words, c=t.times_real_time)
     for _, r in t[t.changed.str.contains("kept")].iterrows(): ax.annotate(r.changed, (r.million_parameters, 100 * r.int8 / r.words), (0, -14), textcoords="offset points", ha="right" if r.million_parameters > 2 else "center", fontsize=8)
-    ax.margins(.1)
     ax.set(xscale="log", xlabel="parameters, millions", ylabel="dev WER with the language model, int8, %")
+    ax.margins(.1)
+    ax.set_xticks(ticks := [.3, .6, 1, 2, 4], [f"{n:g}" for n in ticks])
+    ax.minorticks_off()
     fig.colorbar(dots, label="times real time, one core, int8, greedy")
     fig.savefig(OUT / "trade-off.png", dpi=120, bbox_inches="tight")
 
