@@ -326,7 +326,7 @@ def rate_verdict(
     "Do pitch, timbre and tempo of a group all say the same?"
     m = octaves.median()
     s = np.sign(m.off)
-    off, tempo, timbre = (.37, .32, .18) if many else (.5, .4, .3)
+    off, tempo, timbre = (.4, .35, .2) if many else (.5, .4, .3)
     if not (abs(m.off) > off and s * m.tempo > tempo and s * m.timbre > timbre): return 1.0
     return 1.0 if s > 0 and m.tempo < .75 * m.pitch else float(2 ** m.off)             # children are higher, but not faster
 
