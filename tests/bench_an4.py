@@ -69,9 +69,9 @@ def out_of(a): return OUT / "small" if a.small else OUT
 
 
 def run_seed(a, change, named=None, run=None):
-    table, commit = import_corpus("an4"), a.trained_at or git_commit()
+    table, commit = import_corpus("an4"), a.trained_at or git_commit()     # now: in half an hour the tree may be another
     cfg = TrainConfig(**{**RECIPE, **(SMALL if a.small else {}), "seed": a.seed, **change})
-    run = run or home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{commit}")     # now: in half an hour the tree may be another
+    run = run or home("runs", f"bench-an4-{a.seed}-{sha256(repr(cfg).encode()).hexdigest()[:8]}-{commit}")
     if a.trained_at and not (run / "metrics.json").is_file(): raise SystemExit(f"{run} holds no finished run")
     metrics = train(table[table.split.isin(["train", "dev"])], run, cfg)
     curve = pd.read_csv(run / "curve.csv")

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nlargest
+from itertools import repeat
 from math import exp, log1p
 from pathlib import Path
 
@@ -175,7 +176,9 @@ class Keywords:
         edges, begins = self.edges, self.edges.get(unit) if unit in _STARTS else None
         if len(state) == 1 and not state[0][1]: return ((begins, 1, state[0][2]),) if begins else state      # most texts are within no keyword
         onward = [(edges[key], depth + 1, safe) for node, depth, safe in state if depth and (key := node*_WIDTH + unit) in edges]
-        if unit in _STARTS: return *onward, (begins, 1, self.score(state, final=True)) if begins else (0, 0, self.score(state, final=True))
+        if unit in _STARTS:
+            safe = self.score(state, final=True)
+            return *onward, (begins, 1, safe) if begins else (0, 0, safe)
         safe = state[-1][2]
         return tuple(onward) if onward and onward[-1][2] == safe else (*onward, (0, 0, safe))
 
@@ -242,6 +245,8 @@ def _grow(text, unit, keywords, fusion):
         text.longer[unit] = _Text(unit, text, context, lm, state, bonus)
     return text.longer[unit]
 
+def _units(true): return [u for u in np.flatnonzero(true).tolist() if u != BLANK]
+
 def prefix_beam(
     log_probs: np.ndarray,  # (T, V) natural logs
     beam: int = 8,  # texts kept after each frame
@@ -252,10 +257,10 @@ def prefix_beam(
 ) -> list:  # of (unit ids, score), best first
     "CTC prefix beam search: texts with the natural log of their probability, language model and keyword bonus included."
     tried = log_probs >= np.minimum(np.log(max(floor, 1e-30)), log_probs.max(1, keepdims=True)) if len(log_probs) else log_probs
-    hoped = (log_probs >= np.log(faint)) & ~tried if keywords and len(log_probs) else [()]*len(log_probs)
+    hoped = map(_units, (log_probs >= np.log(faint)) & ~tried) if keywords and len(log_probs) else repeat([])
     beams = {_Text(BLANK, None, fusion.lm.start() if fusion else None, 0.0, keywords.start() if keywords else None, 0.0): (0.0, _NONE)}
-    for frame, units, more in zip(log_probs.astype(float).tolist(), tried, hoped):
-        (units, more), grown = ([u for u in np.flatnonzero(us).tolist() if u != BLANK] for us in (units, more)), {}
+    for frame, units, more in zip(log_probs.astype(float).tolist(), map(_units, tried), hoped):
+        grown = {}
         for text, (pb, pu) in beams.items():
             both = _add(pb, pu)
             same = grown.setdefault(text, [_NONE, _NONE])

@@ -82,8 +82,8 @@ def sweep(
     configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
     for t, cfg in configs.items():
         if (out/t/"run.json").exists() and asdict(TrainConfig()) | read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
-    ended = pd.read_csv(out/"sweep.csv").set_index("trial").ended.to_dict() if (out/"sweep.csv").exists() else {}     # one that was stopped stays so
-    todo = [t for t in drawn if not (out/t/"metrics.json").exists() and ended.get(t) != "stopped"]
+    ended = pd.read_csv(out/"sweep.csv").set_index("trial").ended.to_dict() if (out/"sweep.csv").exists() else {}     # one that was stopped stays so, unless nobody shall be
+    todo = [t for t in drawn if not (out/t/"metrics.json").exists() and not (halve and ended.get(t) == "stopped")]
     if todo: _learnable(table, configs.values(), init)
     out.mkdir(parents=True, exist_ok=True)
     table.to_pickle(out/"table.pkl")
@@ -100,10 +100,10 @@ def sweep(
 
 def _learnable(table, configs, init):
     "Raise `InputError` for what no trial could learn from: rows that are bad at the shortest step, changes of clips that do not exist, a teacher of another kind."
-    for cfg in configs: Augment(**cfg.augment)
     rows = table[table.split.isin(["train", "dev"])].reset_index(drop=True)
     start = None if init is None else load_model(base_dir() if init == "base" else init)
     for cfg in configs:
+        Augment(**cfg.augment)
         if cfg.teacher: teacher(cfg.teacher, start or new_model(cfg.model))
     units(rows, ClipStore(rows.audio_filepath), start.cfg.stride if start else min(cfg.model.stride for cfg in configs))
 
