@@ -1,5 +1,5 @@
 """What goes wrong in production, done to a real server: a recogniser killed, a full disk, uploads that never end, uploads that mean harm."""
-import io, os, socket, struct, subprocess, threading, time
+import io, json, os, socket, struct, subprocess, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from fractions import Fraction
@@ -107,21 +107,27 @@ def test_answers_that_nobody_reads(url, home):
 
 
 def test_live_speech_that_nobody_reads(url, home):
-    "Callers of the live protocol who speak without end and read nothing: others are served as ever, memory does not grow with them, and soon their places are free."
+    "Callers of the live protocols who speak without end and read nothing, two of them with answers that fill every buffer at once: others are served as ever, memory does not grow with them, and soon their places are free and their connections closed."
     host, before = url.removeprefix("http://"), resident(home)
-    def frame(kind, data): return bytes([0x80 | kind, 0x80 | 126]) + struct.pack(">H", len(data)) + bytes(4) + data           # RFC 6455, with a mask of zeros
-    def open_deaf():
+    def frame(kind, data):                                             # RFC 6455, with a mask of zeros
+        size = struct.pack(">BH", 0x80 | 126, len(data)) if len(data) < 1 << 16 else struct.pack(">BQ", 0x80 | 127, len(data))
+        return bytes([0x80 | kind]) + size + bytes(4) + data
+    config = frame(1, b'{"config": {"sample_rate": 16000}}'.ljust(130))
+    words = frame(2, (toy_tones(SAID)[:1600] * 32767).astype("<i2").tobytes())
+    names = [("ab" * 45) + "".join("abcdefgh"[int(d)] for d in f"{i:04o}") for i in range(1000)]
+    update = frame(1, json.dumps(dict(type="session.update", session=dict(audio=dict(input=dict(transcription=dict(keywords=names)))))).encode())
+    def open_deaf(path, first):
         s = socket.socket()
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         s.connect((host.split(":")[0], int(host.split(":")[1])))
         s.settimeout(1)
-        s.sendall(f"GET /vosk HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dm9pY2VsYWIgdGVzdHMgIQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
-        s.sendall(frame(1, b'{"config": {"sample_rate": 16000}}'.ljust(130)))
+        s.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dm9pY2VsYWIgdGVzdHMgIQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+        s.sendall(first)
         return s
-    def speak(s):
-        words, rest, end = frame(2, (toy_tones(SAID)[:1600] * 32767).astype("<i2").tobytes()), b"", time.time() + 150
+    def speak(s, said):
+        rest, end = b"", time.time() + 150
         while time.time() < end:
-            rest = rest or words
+            rest = rest or said
             try: rest = rest[s.send(rest):]                             # a frame may go in parts
             except TimeoutError: pass
             except OSError: return True
@@ -132,10 +138,10 @@ def test_live_speech_that_nobody_reads(url, home):
         while time.time() < end and streams() != n: time.sleep(.2)
         assert streams() == n
     with ExitStack() as stack:
-        deaf = [stack.enter_context(closing(open_deaf())) for _ in range(4)]
+        deaf = [(stack.enter_context(closing(open_deaf(path, first))), said) for path, first, said in 2 * [("/vosk", config, words), ("/v1/realtime", b"", update)]]
         until(4, 20)
         with ThreadPoolExecutor(8) as pool:
-            speaking = [pool.submit(speak, s) for s in deaf]
+            speaking = [pool.submit(speak, *d) for d in deaf]
             assert {r.json()["text"] for r in pool.map(lambda _: say(url), range(40))} == {SAID}
             assert all(s.result() for s in speaking), "somebody who does not read is spoken to for ever"
         until(0, 90)                                                   # while their sockets are open

@@ -49,7 +49,9 @@ defaults
     timeout http-keep-alive 75s
     timeout client {quiet:g}s
     timeout server 2h
-    timeout tunnel 2h
+    timeout tunnel 45s
+    timeout client-fin 10s
+    timeout server-fin 10s
     retries 0
     option http-ignore-probes
     option abortonclose
