@@ -14,11 +14,12 @@ import numpy as np, pandas as pd
 from scipy.optimize import minimize
 from scipy.stats import rankdata
 
-from .audio import SAMPLE_RATE, read_audio
+from .audio import read_audio
+from .augment import Augment
 from .core import InputError, read_json, write_json
 from .decode import Confidence, log_odds, prefix_beam, shares, witnesses
 from .evaluate import align
-from .noise import add_noise, car_noise, colored_noise
+from .noise import add_noise, noise_files
 from .recognizer import Recognizer
 from .text import decode_ids, normalize
 
@@ -117,13 +118,10 @@ def in_noise(
     seed: int = 0,
     snr_db: tuple = (0, 20),
 ) -> list:        # of (n,) float32
-    "The clips under coloured noise or in a car."
-    rng, out = np.random.default_rng(seed), []
-    for x in clips:
-        seconds = len(x)/SAMPLE_RATE
-        noise = car_noise(seconds, rng, rng.uniform(30, 130)) if rng.random() < .5 else colored_noise(seconds, rng, rng.uniform(0, 2))
-        out.append(add_noise(x, noise, rng.uniform(*snr_db), rng))
-    return out
+    "The clips under noise as training hears it: coloured, in a car, of other voices, of dishes, and the training part of the street's recording where it is there."
+    rng = np.random.default_rng(seed)
+    hears = Augment(noises=("coloured", "car", "babble", "clatter") + ("street",)*("street" in noise_files()))
+    return [add_noise(x, hears.background(x, rng, clips), rng.uniform(*snr_db), rng) for x in clips]
 
 def by_chance(
     sure,     # (n,) confidence
