@@ -86,13 +86,13 @@ def main():
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--strings", type=int, default=200)
     p.add_argument("--only", nargs="*", default=["times", "confidence"], choices=["times", "confidence"])
-    a = p.parse_args()
+    a, commit = p.parse_args(), git_commit()                         # before pictures are drawn anew
     with tempfile.TemporaryDirectory() as tmp:
         bundle = export_bundle(load_model(package_path("base")), Path(tmp) / "base", dict(name="base"), lm=package_path("base") / "lm.npz")
         result = read_json(OUT / "words.json") if (OUT / "words.json").exists() else {}
         for name in a.only:
             result[name] = times(a, Recognizer(bundle)) if name == "times" else confidence(a, bundle)
-            result[name] |= dict(commit=git_commit(), date=utc_now(), measured_by=f"python {' '.join(['tests/bench_words.py', *sys.argv[1:]])}")
+            result[name] |= dict(commit=commit, date=utc_now(), measured_by=f"python {' '.join(['tests/bench_words.py', *sys.argv[1:]])}")
             print(name, result[name], flush=True)
     write_json(OUT / "words.json", result | dict(machine=f"{platform.machine()}, {os.cpu_count()} cores"))
 
