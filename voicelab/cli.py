@@ -78,11 +78,12 @@ def cmd_data_import(a):
     "bring in a corpus, verify it and store it as a dataset version: errors stop, warnings are set aside"
     from voicelab.importers import import_corpus
     from voicelab.manifest import check_name, write_version
+    from voicelab.speed import played_too_fast
     from voicelab.verify import quarantine, stop_on_errors, verify
     name = check_name(a.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(os.path.abspath(a.corpus)).stem).strip("-.")[:64] or "corpus")      # now, not after an hour of verification
     table = import_corpus(a.corpus, a.unlabelled)
     for what, n in table.attrs.get("skipped", {}).items(): print(f"skipped: {n} {what}", file=sys.stderr)
-    problems = verify(table, max_seconds=a.max_seconds, shared_speakers=a.shared_speakers)
+    problems = verify(table, max_seconds=a.max_seconds, shared_speakers=a.shared_speakers, ear=played_too_fast)
     for row in problems.itertuples(): print(f"{row.severity}: {row.utterance_id}: {row.problem}: {row.detail}", file=sys.stderr)
     if a.on_error == "stop": stop_on_errors(problems)
     kept, aside = quarantine(table, problems, ("dev", "test"))
@@ -94,10 +95,11 @@ def cmd_data_import(a):
 
 def cmd_data_verify(a):
     "check a manifest, dataset version or corpus row by row"
+    from voicelab.speed import played_too_fast
     from voicelab.verify import corpus_verdict, inspect, problems_html, verify
     table = _manifest(a.source)
     heard = inspect(table, a.max_seconds)
-    problems = verify(table, heard, a.max_seconds, a.shared_speakers)
+    problems = verify(table, heard, a.max_seconds, a.shared_speakers, played_too_fast)
     whole = corpus_verdict(table, heard, problems)
     if a.html: write_text(a.html, _page(f"Verification of {a.source}", f"{problems.row.nunique()} of {len(table)} rows have problems; the worst of each kind.", problems_html(table, problems, heard, players=True)))
     if a.json: _print(dict(corpus=whole, problems=problems), True)
@@ -201,10 +203,11 @@ def _train_config(parameters, init=None):
 def _learnable(a):
     "The manifest to train on: every row is checked, but for a dataset version, whose rows were when it was made."
     from voicelab.manifest import list_versions
+    from voicelab.speed import played_too_fast
     from voicelab.verify import quarantine, verify
     table, versions = _manifest(a.manifest), list_versions()
     if not Path(a.manifest).is_file() and len(versions) and a.manifest in set(versions["id"]): return table
-    problems = verify(table, shared_speakers=a.shared_speakers)
+    problems = verify(table, shared_speakers=a.shared_speakers, ear=played_too_fast)
     for r in problems[problems.severity == "warning"].itertuples(): print(f"warning: {r.utterance_id}: {r.problem}: {r.detail}", file=sys.stderr)
     bad = [f"{r.utterance_id}: {r.problem}: {r.detail}" for r in problems[problems.severity == "error"].itertuples()]
     if not bad: return table

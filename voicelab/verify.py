@@ -332,19 +332,23 @@ def rate_verdict(
 
 _CROWD = 20   # speakers
 
-def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, least: int = 20):
+def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, ear=None, least: int = 20):
     "Rows of a corpus or source that all seem to be played too fast or too slow."
     if "text" not in df: return
     octaves, done = octaves_off(df, table).set_axis(df.index)[(table.reading == "").to_numpy()], set()          # wrong bytes say nothing of rates
     every = [(f"all {len(df)} clips", df.index)]
-    if "source" in df: every += [(f"source {s}", g.index) for s, g in df.groupby("source") if s]
+    if "source" in df: every += [(f"source {s}", g.index) for s, g in df.groupby("source") if s and len(g) < len(df)]
     for name, rows in every:
         known = octaves.loc[octaves.index.intersection(rows)].dropna(subset="off")
-        if len(known) < least or (factor := rate_verdict(known, many=df.speaker[known.index].nunique() >= _CROWD)) == 1: continue
+        if len(known) < least: continue
+        factor, heard = rate_verdict(known, many=df.speaker[known.index].nunique() >= _CROWD), ear(df.loc[known.index]) if ear else None
+        if (heard or factor) == 1: continue
+        by = "pitch, timbre and tempo" if heard is None else "the speed at which a recogniser understands them"
+        factor = heard if factor == 1 else factor
         for i in octaves.index.intersection(rows).difference(list(done)):
             rate = table.rate.iloc[i] if table.rate.iloc[i] > 0 else SAMPLE_RATE
             likely = _RATES[np.argmin(np.abs(np.log(_RATES / (rate / factor))))]
-            yield i, "wrong_rate", "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by pitch, timbre and tempo; labelled {rate:.0f} Hz, perhaps {likely} Hz"
+            yield i, "wrong_rate", "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by {by}; labelled {rate:.0f} Hz, perhaps {likely} Hz"
         done |= set(rows)
 
 # %% ../nbs/14_verify.ipynb #636c0b16
@@ -362,6 +366,7 @@ def verify(
     table: pd.DataFrame | None = None,  # from `inspect`, when already measured
     max_seconds: float = 36.0,          # longer clips are too long (the longest of LibriSpeech lasts 35 s)
     shared_speakers: bool = False,      # the corpus shares its speakers between splits by design
+    ear=None,                           # says of rows how many times too fast they are played, or None, where pitch, timbre and tempo decide alone: `played_too_fast` of `49 speed`
 ) -> pd.DataFrame:                      # row (position in df), utterance_id, audio_filepath, problem, severity, detail
     "Name every bad row of a manifest."
     if len(df) == 0: raise InputError("the manifest has no rows; at least one clip is wanted")
@@ -374,7 +379,7 @@ def verify(
     for i, (row, t) in enumerate(zip(df.itertuples(), table.itertuples())):
         found += _audio_problems(i, row, t, max_seconds)
         if "text" in df: found += _text_problems(i, row.text, *(0.0, 0.0) if t.code else (t.duration, t.duration * t.speech_share))
-    found += [*_duplicate_problems(df, table), *_near_problems(df, table), *_rate_problems(df, table), *_band_problems(df, table), *_speaker_problems(df, "warning" if shared_speakers else "error")]
+    found += [*_duplicate_problems(df, table), *_near_problems(df, table), *_rate_problems(df, table, ear), *_band_problems(df, table), *_speaker_problems(df, "warning" if shared_speakers else "error")]
     out = pd.DataFrame(found, columns=["row", "problem", "severity", "detail"]).astype(dict(row=int, problem="str", severity="str", detail="str"))
     out.insert(1, "utterance_id", df.utterance_id.reindex(out.row).to_numpy())
     out.insert(2, "audio_filepath", df.audio_filepath.reindex(out.row).to_numpy())
