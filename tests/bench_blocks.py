@@ -3,6 +3,8 @@
     python tests/bench_blocks.py lstm         # as it is, for comparison
     python tests/bench_blocks.py conv         # convolutions over 0.6 s, gated, with feed-forward layers on both sides
     python tests/bench_blocks.py conformer    # the same with self-attention among them (Gulati et al., Conformer, 2020)
+    python tests/bench_blocks.py told         # each LSTM layer is told what the one before would write, and is trained to write it (Nozaki and Komatsu, Self-conditioned CTC, 2021)
+    python tests/bench_blocks.py slow         # the middle LSTM layer takes steps of twice the length, as the middle of squeezeformers and zipformers does (Kim et al., 2022; Yao et al., 2023)
     python tests/bench_blocks.py bpe 40       # letters, and 40 units made of the neighbours that are most frequent in the training texts (Sennrich et al., 2016)
     python tests/bench_blocks.py conformer --set lr=1e-3 dim=96
 """
@@ -79,7 +81,50 @@ def use_blocks(attend):
     model.CTCModel = Blocks
 
 
-SHAPES = dict(lstm={}, conv=dict(dim=112, layers=7), conformer=dict(dim=112, layers=5), bpe={})
+def use_told(share=.3):
+    "From here on our own models hear of what their lower layers would write; so much of the loss is theirs."
+    from voicelab import model, train
+    class Told(model.CTCModel):
+        def __init__(self, cfg=None):
+            super().__init__(cfg)
+            self.tell = nn.Linear(self.cfg.vocab, 2 * self.cfg.dim)
+            self.between = []
+            for norm in self.norms[:-1]: norm.register_forward_hook(self.heard)
+        def heard(self, norm, given, x):
+            lp = self.head(x).float().log_softmax(2)
+            self.between.append(lp)
+            return x + self.tell(lp.exp())
+        def forward(self, x, x_lens):
+            self.between = []
+            return super().forward(x, x_lens)
+    own = train.Recipe.loss
+    def loss(self, b):
+        out, lp, lens = own(self, b)
+        if not self.training: return out, lp, lens
+        each = [F.ctc_loss(train.only_blank(m, lens, b["silent"]).transpose(0, 1), b["y"], lens, b["y_lens"], zero_infinity=True, reduction="none") for m in self.model.between]
+        return (1 - share) * out + share * sum((e / b["y_lens"].clamp(min=1)).mean() for e in each) / len(each), lp, lens
+    model.CTCModel, train.Recipe.loss = Told, loss
+
+
+def use_slow():
+    "From here on the second layer of our own models takes steps of twice the length."
+    from voicelab import model
+    class Slow(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+        def forward(self, x, flip):
+            half = x[:, ::2]                                             # the layer below has seen what lies between
+            y = self.layer(half, model.flip_index((flip[:, 0] + 2) // 2, half.shape[1]))
+            return x + y.repeat_interleave(2, 1)[:, :x.shape[1]]
+    class Uneven(model.CTCModel):
+        def __init__(self, cfg=None):
+            super().__init__(cfg)
+            self.layers[1] = Slow(self.layers[1])
+    model.CTCModel = Uneven
+
+
+SHAPES = dict(told={}, slow={}, lstm={}, conv=dict(dim=112, layers=7), conformer=dict(dim=112, layers=5), bpe={})
 
 
 def main():
@@ -91,6 +136,8 @@ def main():
     a = p.parse_args()
     if a.kind == "bpe": use_bpe(a.units)
     if a.kind in ("conv", "conformer"): use_blocks(a.kind == "conformer")
+    if a.kind == "told": use_told()
+    if a.kind == "slow": use_slow()
     import bench_an4 as an4      # now: its rooms learn units and models when they are opened
     change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     name = f"{a.units} BPE units" if a.kind == "bpe" else a.kind
