@@ -5,6 +5,7 @@
     python tests/bench_blocks.py conformer    # the same with self-attention among them (Gulati et al., Conformer, 2020)
     python tests/bench_blocks.py told         # each LSTM layer is told what the one before would write, and is trained to write it (Nozaki and Komatsu, Self-conditioned CTC, 2021)
     python tests/bench_blocks.py slow         # the middle LSTM layer takes steps of twice the length, as the middle of squeezeformers and zipformers does (Kim et al., 2022; Yao et al., 2023)
+    python tests/bench_blocks.py tracts       # vocal tracts of other lengths: frequencies moved by up to a tenth, the tempo left alone (Jaitly and Hinton, VTLP, 2013)
     python tests/bench_blocks.py bpe 40       # letters, and 40 units made of the neighbours that are most frequent in the training texts (Sennrich et al., 2016)
     python tests/bench_blocks.py conformer --set lr=1e-3 dim=96
 """
@@ -13,6 +14,7 @@ from collections import Counter
 from hashlib import sha256
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -124,7 +126,27 @@ def use_slow():
     model.CTCModel = Uneven
 
 
-SHAPES = dict(told={}, slow={}, lstm={}, conv=dict(dim=112, layers=7), conformer=dict(dim=112, layers=5), bpe={})
+def use_tracts(most=.1, bend=4800.):
+    "From here on clips of a training are heard from vocal tracts of other lengths; above the bend frequencies go back to where they were."
+    from voicelab import loader
+    from voicelab.features import FEATURES
+    low, high = (1127 * np.log(1 + f / 700) for f in (FEATURES.low_hz, FEATURES.sample_rate / 2 + FEATURES.high_hz))
+    mels = np.linspace(low, high, FEATURES.n_mels + 2)[1:-1]
+    hz, top = 700 * (np.exp(mels / 1127) - 1), FEATURES.sample_rate / 2
+    own = loader.Clips.__getitem__
+    def item(self, which):
+        feats, *more = own(self, which)
+        if self.augment is None or which[0] < self.plain: return feats, *more
+        k = np.random.default_rng((self.seed, *which, 7)).uniform(1 - most, 1 + most)
+        there = np.interp(hz, [0, bend, top], [0, k * bend, top])
+        where = np.interp(1127 * np.log(1 + there / 700), mels, np.arange(len(mels)))
+        left = np.minimum(where.astype(int), len(mels) - 2)
+        part = (where - left).astype(np.float32)
+        return feats[:, left] * (1 - part) + feats[:, left + 1] * part, *more
+    loader.Clips.__getitem__ = item
+
+
+SHAPES = dict(tracts={}, told={}, slow={}, lstm={}, conv=dict(dim=112, layers=7), conformer=dict(dim=112, layers=5), bpe={})
 
 
 def main():
@@ -138,6 +160,7 @@ def main():
     if a.kind in ("conv", "conformer"): use_blocks(a.kind == "conformer")
     if a.kind == "told": use_told()
     if a.kind == "slow": use_slow()
+    if a.kind == "tracts": use_tracts()
     import bench_an4 as an4      # now: its rooms learn units and models when they are opened
     change = {k: ast.literal_eval(v) for k, _, v in (s.partition("=") for s in a.set)}
     name = f"{a.units} BPE units" if a.kind == "bpe" else a.kind
