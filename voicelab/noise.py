@@ -50,11 +50,11 @@ def add_noise(
 ) -> np.ndarray:
     "The clip with a random cut of the noise added at a signal-to-noise ratio."
     within("signal-to-noise ratio", snr_db, -60, 120, "dB")
-    x, noise = one_channel(x), one_channel(noise)
-    if not len(noise) or not power(noise): raise InputError(f"noise of {len(noise)} samples is empty or silent; give samples with sound in them")
-    start = int(rng.integers(len(noise)))
-    cut = np.take(noise, np.arange(start, start + len(x)), mode="wrap")
-    p = power(cut)
+    x, noise = one_channel(x), np.asarray(noise)
+    start = int(rng.integers(max(len(noise), 1)))
+    cut = one_channel(noise.take(np.arange(start, start + len(x)), axis=0, mode="wrap")) if len(noise) else noise
+    p = power(cut)                                          # of an hour of noise only the cut is looked at
+    if not p and not power(noise): raise InputError(f"noise of {len(noise)} samples is empty or silent; give samples with sound in them")
     return (x + cut * np.sqrt(power(x) / p) * 10 ** (-snr_db / 20)).astype(np.float32) if p else x.astype(np.float32)
 
 # %% ../nbs/15_noise.ipynb #8a09e404
