@@ -20,7 +20,7 @@ from .augment import Augment, spec_augment
 from .core import InputError, progress, read_json
 from .features import FEATURES, front_end
 from .model import out_lengths
-from .noise import colored_noise
+from .noise import nobody_speaks
 from .policy import as_policy, prepare
 from .text import encode, min_frames
 
@@ -192,7 +192,7 @@ class Clips(Dataset):
         if epoch < self.plain: return self._heard(self.store[i], self.ids[i])[0], self.ids[i], i, (0, 0)
         rng, x, ids, added = np.random.default_rng((self.seed, epoch, i)), self.store[i], self.ids[i], (0, 0)
         if self.splicer and (made := self.splicer(i, self.store, rng, epoch)): x, ids = made[0], encode(" ".join(made[1]))
-        if self.noise_only and rng.random() < self.noise_only: x, ids = colored_noise(len(x) / SAMPLE_RATE, rng) * 10 ** rng.uniform(-3, -.5), []
+        if self.noise_only and rng.random() < self.noise_only: x, ids = nobody_speaks(len(x) / SAMPLE_RATE, rng) * np.float32(10 ** rng.uniform(-3, -.5)), []
         elif self.augment: x, *added = self.augment.padded(x, rng, self.store)
         heard = self._heard(x, ids, *added)
         if not heard: ids, heard = self.ids[i], self._heard(self.store[i], self.ids[i])  # sped up too much for its text

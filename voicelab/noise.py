@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['power', 'one_channel', 'within', 'add_noise', 'colored_noise', 'engine_rpm', 'cabin_bands', 'indicator', 'babble',
-           'car_noise', 'clatter', 'noise_files', 'recorded_noise']
+           'car_noise', 'clatter', 'hum', 'nobody_speaks', 'noise_files', 'recorded_noise']
 
 # %% ../nbs/15_noise.ipynb #a3a9bfcf
 from functools import lru_cache
@@ -205,6 +205,27 @@ def clatter(
             out[start:start + len(part)] += np.float32(loud * np.exp(rng.normal(0, .5))) * part
             at += rng.exponential(.12) * SAMPLE_RATE
     return (out * (.1 / max(out.std(), 1e-9))).astype(np.float32) if n else out
+
+# %% ../nbs/15_noise.ipynb #2f8e6b15
+def hum(
+    seconds: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    "Up to twenty harmonics of 50 or 60 Hz, over a faint hiss; a standard deviation of 0.1."
+    n, base = round(_length(seconds) * SAMPLE_RATE), float(rng.choice((50, 60))) * rng.uniform(.998, 1.002)
+    k = np.arange(1, rng.integers(3, 21))
+    size = k ** -rng.uniform(.3, 2) * rng.uniform(.1, 1, len(k))
+    t = np.arange(n, dtype=np.float32) * np.float32(2 * np.pi * base / SAMPLE_RATE)
+    out = sum(a * np.sin(m * t + p) for m, a, p in zip(k, size.astype(np.float32), rng.uniform(0, 2 * np.pi, len(k)).astype(np.float32)))
+    out = out + np.float32(10 ** rng.uniform(-3, -1) * np.abs(size).max()) * rng.standard_normal(n, dtype=np.float32)
+    return (out * (.1 / max(out.std(), 1e-9))).astype(np.float32) if n else np.zeros(0, np.float32)
+
+def nobody_speaks(
+    seconds: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    "Coloured noise, a car, dishes or hum; a standard deviation of 0.1."
+    return (lambda: colored_noise(seconds, rng, rng.uniform(0, 2)), lambda: car_noise(seconds, rng), lambda: clatter(seconds, rng), lambda: hum(seconds, rng))[int(rng.integers(4))]()
 
 # %% ../nbs/15_noise.ipynb #7053b9eb
 _NOISES = dict(street="street_cars_bike.flac", kitchen="kitchen.flac")
