@@ -88,7 +88,7 @@ def cmd_data_import(a):
     if a.on_error == "stop": stop_on_errors(problems)
     kept, aside = quarantine(table, problems, ("dev", "test"))
     if not len(kept): raise InputError(f"all {len(table)} rows of {a.corpus} would be set aside; at least one good row is wanted")
-    licence = a.licence or ", ".join(sorted(set(kept.licence.dropna()))) if "licence" in kept else a.licence
+    licence = a.licence or ", ".join(sorted(set(kept.licence.dropna().astype(str)))) if "licence" in kept else a.licence
     version = write_version(kept, name, dict(source=str(a.corpus), quarantined=len(aside)), licence, aside)
     if len(aside): print(f"set aside: {len(aside)} of {len(table)} rows, listed in {home('data', version, 'quarantined.jsonl')}", file=sys.stderr)
     print(version)
@@ -565,3 +565,6 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:                                                # a full disk, a folder in the place of a file, a name that is too long
+        print(f"error: {e}", file=sys.stderr)
+        return 2

@@ -153,7 +153,7 @@ def read_jsonl(
     path,  # file to read
 ) -> list:
     "Read one JSON object a line; raises `InputError` that names file and line of the first bad one."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8").split("\n")      # not splitlines: a text may hold other line ends
     except FileNotFoundError: raise InputError(f"no file {path}") from None
     except UnicodeDecodeError: raise InputError(f"{path} is not UTF-8 text; a JSONL file is") from None
     rows = []

@@ -57,13 +57,15 @@ def noisy_half(
     if "snr_db" not in df: df["snr_db"] = np.nan
     if "noise" not in df: df["noise"] = ""
     turn = rng.permutation(len(df))
-    order = pd.Series(turn, index=df.index).groupby(_owner(df)).rank(method="first").astype(int)
+    taken, order = set(), pd.Series(turn, index=df.index).groupby(_owner(df)).rank(method="first").astype(int)
     for i in df.index[order % 2 == 1]:
         x = read_audio(df.at[i, "audio_filepath"])
         kind, noise = _unheard(len(x) / SAMPLE_RATE, rng)
         snr = round(float(rng.uniform(*snr_db)), 1)
         y = add_noise(x, noise, snr, rng)
         name = re.sub(r"[^\w.-]", "_", df.at[i, "utterance_id"]) + "-noisy"
+        if name in taken: name = f"{name}-{i}"              # a/1 and a_1
+        taken.add(name)
         write_wav(out/f"{name}.wav", y * min(1, .95 / max(np.abs(y).max(), 1e-9)))
         df.loc[i, ["audio_filepath", "utterance_id", "slice", "noise", "snr_db"]] = [str(out/f"{name}.wav"), name, "noisy", kind, snr]
     return df

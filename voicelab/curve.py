@@ -102,7 +102,9 @@ def in_words(
     now, have, (need, lo, hi) = found.points.rate.iloc[-1], found.points.hours.max(), found.more(target)
     twice = "twice the data would bring {:.1%} ({:.1%} to {:.1%})".format(*found.at(2 * have))
     if now <= target: return f"{now:.1%} with {have:.2f} hours: the target of {target:.1%} is reached; {twice}"
-    if np.isinf(need) or need > 100 * have: return f"{now:.1%} with {have:.2f} hours: more data of this kind will not reach {target:.1%}, the curve flattens at about {found.law.floor:.1%}; {twice}: another kind of data, or another lever"
+    if np.isinf(need) or need > 100 * have:
+        why = f"will not reach {target:.1%}, the curve flattens at about {found.law.floor:.1%}" if found.law.floor > 0 else f"would take more than a hundred times as much for {target:.1%}"
+        return f"{now:.1%} with {have:.2f} hours: more data of this kind {why}; {twice}: another kind of data, or another lever"
     return f"{now:.1%} with {have:.2f} hours: to reach {target:.1%} takes about {need:.1f} more hours of this kind, between {lo:.1f} and {'more than can be said' if np.isinf(hi) else f'{hi:.1f}'}; {twice}"
 
 def held_back(
@@ -147,7 +149,9 @@ def parts(
     people = table.duration.groupby([table.speaker.fillna(""), units]).sum().droplevel(0).sample(frac=1, random_state=seed)
     if len(people) < len(shares): raise InputError(f"{len(people)} speakers for {len(shares)} sizes; there must be as many")
     upto = people.cumsum() / people.sum()
-    return [table[np.isin(units, upto.index[:int((upto < s - 1e-9).sum()) + 1])] for s in sorted(shares)]
+    out = [table[np.isin(units, upto.index[:int((upto < s - 1e-9).sum()) + 1])] for s in sorted(shares)]
+    if len({len(p) for p in out}) < max(len(out), 2): raise InputError(f"the shares {', '.join(f'{s:g}' for s in sorted(shares))} give parts of {', '.join(str(len(p)) for p in out)} clips, whole speakers each; two sizes or more are wanted, all different")
+    return out
 
 def grow(
     table: pd.DataFrame,  # a manifest with splits train and dev

@@ -188,10 +188,16 @@ _NOT_TAGS = {"label?", "audio_filepath", "text", "hyp", "utterance_id", "speaker
              "seconds", "errors", "sub", "ins", "del", "char_errors", "chars", "wer", "split"}
 
 def _labels(column):  # slice labels of a column; None where it cannot be sliced
+    if pd.api.types.is_float_dtype(column): column = column.replace([math.inf, -math.inf], math.nan)
+    elif not pd.api.types.is_numeric_dtype(column) and column.nunique() > 20 and (numbers := pd.to_numeric(column, errors="coerce")).notna().sum() == column.notna().sum(): column = numbers      # as a CSV has them
     c = column.dropna()
     if c.dtype == object and c.map(lambda v: isinstance(v, (dict, list, set))).any(): return None
     if pd.api.types.is_numeric_dtype(c) and not pd.api.types.is_bool_dtype(c) and c.nunique() > 6:
-        return pd.qcut(column, 4, duplicates="drop").map(lambda i: f"{i.left:.3g} to {i.right:.3g}").astype(object)
+        quarters = pd.qcut(column, 4, duplicates="drop")
+        for digits in (3, 4, 6, 9):                                      # 2019 to 2021, and not 2.02e+03 to 2.02e+03
+            names = [f"{i.left:.{digits}g} to {i.right:.{digits}g}" for i in quarters.cat.categories]
+            if len({n for name in names for n in name.split(" to ")}) == len(names) + 1: break
+        return quarters.cat.rename_categories(names).astype(object)
     return column.map(str, na_action="ignore").astype(object) if 2 <= c.nunique() <= 20 else None
 
 def _against_rest(e, w, inside, units):  # (difference of rates, two-sided p, units in the slice)
@@ -199,7 +205,8 @@ def _against_rest(e, w, inside, units):  # (difference of rates, two-sided p, un
     ei, wi, eo, wo = sums(e * inside), sums(w * inside), sums(e * ~inside), sums(w * ~inside)
     WI, WO, pooled = wi.sum(), wo.sum(), e.sum() / w.sum()
     ri, ro = ei.sum() / WI, eo.sum() / WO
-    u = (ei - ri * wi) / WI - (eo - ro * wo) / WO                      # influence of each unit on the difference
+    mi, mo = (pooled, pooled) if (ri <= ro) == (WI <= WO) else (ri, ro)   # few people with few errors seem to be alike: a small part that is better is measured by the spread of all
+    u = (ei - mi * wi) / WI - (eo - mo * wo) / WO                      # influence of each unit on the difference
     n, df = len(u), max(1, min((wi > 0).sum(), (wo > 0).sum()) - 1)
     se = math.sqrt(max(n / max(1, n - 1) * (u ** 2).sum(), pooled * (1 - min(pooled, 1)) * (1 / WI + 1 / WO)))
     return ri - ro, float(2 * student.sf(abs(ri - ro) / se, df)) if se else 1.0, int((wi > 0).sum())
@@ -356,9 +363,10 @@ def reference(
     return float(best.wer), f"best slice: {best.tag} = {best.value or '(none)'}"
 
 def _of_slice(table, tag, value):  # the clips of a slice or of a pair
-    mask = np.ones(len(table), bool)
-    for t, v in zip(tag.split(" & "), value.split(" & ") if " & " in tag else [value]): mask &= (_labels(table[t]).replace("", "(none)") == (v or "(none)")).to_numpy()
-    return table[mask]
+    def there(t, v): return (_labels(table[t]).replace("", "(none)") == (v or "(none)")).to_numpy()
+    if " & " not in tag: return table[there(tag, value)]
+    (a, b), values = tag.split(" & "), value.split(" & ")               # a value may hold an & of its own
+    return max((table[there(a, " & ".join(values[:i])) & there(b, " & ".join(values[i:]))] for i in range(1, len(values))), key=len)
 
 def _stands_for(values, kinds: dict) -> tuple:  # requests that each clip stands for; requests in ranges without a clip
     v = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(float)

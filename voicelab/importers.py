@@ -24,7 +24,7 @@ import soundfile as sf
 
 from .audio import SAMPLE_RATE, read_audio, wav_bytes, write_wav
 from .core import InputError, home, progress, read_json, setting, sha256_bytes, sha256_file, to_json, write_jsonl, write_text
-from .manifest import COLUMNS, LINEAGE, SPLITS, TAGS, _missing, _rows_of, _seconds, _table, read_manifest
+from .manifest import COLUMNS, LINEAGE, SPLITS, TAGS, _missing, _rows_of, _seconds, _table, read_manifest, same_cells
 from .text import normalize
 
 # %% ../nbs/16_importers.ipynb #b5aed63b
@@ -141,6 +141,7 @@ def import_corpus(
 ) -> pd.DataFrame:     # `COLUMNS` and tags, absolute paths; a duration that cannot be measured is NaN (`verify` names such audio); `attrs["skipped"]` counts what a labelling tool had marked as void
     "A corpus as a checked table; known ones are fetched when they are nowhere. An `InputError` says what was found and what is wanted."
     table = _imported(name)
+    if unlabelled and "text" in table and not table.text.str.strip().any(): table = table.drop(columns="text")
     if "text" not in table and not unlabelled: raise InputError(f"{name} has no texts; its columns are {', '.join(map(str, table.columns))}, and text (or sentence, transcript, transcription) is wanted, or say that it is unlabelled")
     return table
 
@@ -270,7 +271,7 @@ def _from_kaldi(folder: Path, name: str) -> pd.DataFrame:
         _pair(root, clips, texts)
         if lost := sorted(set(clips) - set(who)): raise InputError(f"{root/'utt2spk'} has no speaker for {lost[0]!r}; each utterance needs one")
         rows += [r | dict(text=texts[u], speaker=who[u], split=split, utterance_id=u, source=name) for u, r in sorted(clips.items())]
-    return _table(_cut(rows, str(folder)), str(folder), folder)
+    return _table(_cut(rows, str(folder)), str(folder), folder, forgiving=True)
 
 # %% ../nbs/16_importers.ipynb #9fe61d37
 def _librispeech_roots(folder: Path) -> list:
@@ -334,6 +335,7 @@ def _tsv(path: Path, wanted: tuple) -> list:
     "Rows of a table without quoting, as Common Voice writes it; empty cells are left out."
     try: df = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, escapechar="\\", encoding="utf-8")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise InputError(f"{path} is no readable table: {' '.join(str(e).split())}") from e
+    same_cells(df, path)
     if lost := [c for c in wanted if c not in df]: raise InputError(f"{path} has the columns {', '.join(df)}; {', '.join(lost)} is missing")
     return [{k: v for k, v in r.items() if v} for r in df.to_dict("records")]
 

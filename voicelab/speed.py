@@ -6,6 +6,8 @@
 __all__ = ['cost_by_speed', 'played_too_fast']
 
 # %% ../nbs/49_speed.ipynb #6c3eb2f4
+from functools import lru_cache
+
 import numpy as np, pandas as pd
 
 from .audio import read_audio
@@ -32,6 +34,9 @@ def cost_by_speed(
 # %% ../nbs/49_speed.ipynb #c29418fa
 _CLIPS, _LONGEST, _UNDERSTOOD, _WRONG = 20, 8., 1., 1.25     # clips, seconds, nats a letter, factor
 
+@lru_cache(maxsize=1)
+def _base(): return TorchRecognizer(package_path("base"))
+
 def played_too_fast(
     rows: pd.DataFrame,  # audio_filepath, text, duration; speaker
     model=None,          # a `TorchRecognizer`; None: the base model
@@ -41,7 +46,7 @@ def played_too_fast(
     if len(rows) < _CLIPS: return None
     rows = rows.sample(frac=1, random_state=0)
     rows = rows.iloc[rows.groupby("speaker").cumcount().argsort(kind="stable")[:_CLIPS]]
-    costs = cost_by_speed(model or TorchRecognizer(package_path("base")), [read_audio(p) for p in rows.audio_filepath], list(rows.text))
+    costs = cost_by_speed(model or _base(), [read_audio(p) for p in rows.audio_filepath], list(rows.text))
     if costs.min() > _UNDERSTOOD: return None
     weights = np.exp(costs.min() - costs.to_numpy())
     factor = float(2 ** -(weights @ costs.index.to_numpy() / weights.sum()))

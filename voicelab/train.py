@@ -407,6 +407,7 @@ def train(
 ) -> dict:  # dev_wer, train_wer, seconds, audio_seconds_per_second, …
     "Train or fine-tune; returns and stores the run's metrics. Raises `InputError` on a manifest or folder that cannot be used."
     cfg, out = cfg or TrainConfig(), Path(out)
+    if "text" not in table: raise InputError(f"the manifest has no texts to learn; its columns are {', '.join(map(str, table))}")
     tr, dev = _rows(table[table.split == "train"], cfg), table[table.split == "dev"].reset_index(drop=True)
     if cfg.splice and "speaker" not in table: raise InputError(f"splice is {cfg.splice}, but the manifest has no column speaker; endings are exchanged between clips of one person")
     if not len(tr): raise InputError(f"the manifest has no rows with split 'train'; its splits are {sorted(table.split.unique())}")

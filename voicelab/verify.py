@@ -199,7 +199,7 @@ def near_duplicates(
     rows, out = list(df.audio_filepath), []
     for c in progress(list(_candidates(marks).itertuples()), "comparing"):
         if table.sound.iloc[c.first] == table.sound.iloc[c.second]: continue
-        match = waveform_match(read_audio(rows[c.first]), read_audio(rows[c.second]))
+        match = waveform_match(*(read_file(rows[i], 86400)[0] for i in (c.first, c.second)))
         if match > .85: out.append((c.first, c.second, match))
     return pd.DataFrame(out, columns=["first", "second", "match"]).astype(dict(first=int, second=int, match=float))
 
@@ -330,26 +330,28 @@ def rate_verdict(
     if not (abs(m.off) > off and s * m.tempo > tempo and s * m.timbre > timbre): return 1.0
     return 1.0 if s > 0 and m.tempo < .75 * m.pitch else float(2 ** m.off)             # children are higher, but not faster
 
-_CROWD = 20   # speakers
+_CROWD, _ASKED = 20, .2   # speakers; octaves off the usual from which an ear is asked
 
 def _rate_problems(df: pd.DataFrame, table: pd.DataFrame, ear=None, least: int = 20):
     "Rows of a corpus or source that all seem to be played too fast or too slow."
     if "text" not in df: return
     octaves, done = octaves_off(df, table).set_axis(df.index)[(table.reading == "").to_numpy()], set()          # wrong bytes say nothing of rates
-    every = [(f"all {len(df)} clips", df.index)]
-    if "source" in df: every += [(f"source {s}", g.index) for s, g in df.groupby("source") if s and len(g) < len(df)]
-    for name, rows in every:
+    every = [(f"source {s}", g.index) for s, g in df.groupby("source") if s and len(g) < len(df)] if "source" in df else []
+    for name, rows in [*every, ("", df.index)]:
+        rows = rows.difference(list(done))
         known = octaves.loc[octaves.index.intersection(rows)].dropna(subset="off")
         if len(known) < least: continue
-        factor, heard = rate_verdict(known, many=df.speaker[known.index].nunique() >= _CROWD), ear(df.loc[known.index]) if ear else None
+        factor = rate_verdict(known, many=df.speaker[known.index].nunique() >= _CROWD)
+        heard = ear(df.loc[known.index]) if ear and abs(known.off.median()) > _ASKED else None
+        if heard: done |= set(rows)                                     # named or acquitted
         if (heard or factor) == 1: continue
-        by = "pitch, timbre and tempo" if heard is None else "the speed at which a recogniser understands them"
-        factor = heard if factor == 1 else factor
-        for i in octaves.index.intersection(rows).difference(list(done)):
+        done |= set(rows)
+        by = "pitch, timbre and tempo"
+        if heard and (factor == 1 or (factor > 1) != (heard > 1)): factor, by = heard, "the speed at which a recogniser understands them"
+        for i in octaves.index.intersection(rows):
             rate = table.rate.iloc[i] if table.rate.iloc[i] > 0 else SAMPLE_RATE
             likely = _RATES[np.argmin(np.abs(np.log(_RATES / (rate / factor))))]
-            yield i, "wrong_rate", "error", f"{name}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by {by}; labelled {rate:.0f} Hz, perhaps {likely} Hz"
-        done |= set(rows)
+            yield i, "wrong_rate", "error", f"{name or f'all {len(rows)} clips'}: {factor:.1f} times too {'fast' if factor > 1 else 'slow'} by {by}; labelled {rate:.0f} Hz, perhaps {likely} Hz"
 
 # %% ../nbs/14_verify.ipynb #636c0b16
 def _band_problems(df: pd.DataFrame, table: pd.DataFrame):
