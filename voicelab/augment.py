@@ -34,7 +34,7 @@ class Augment:
     "How a training clip is changed: `Augment()(x, rng)` gives another version of x."
     speeds: tuple = (.9, 1., 1.1)        # one of these each time
     noise: float = .3                    # share of clips with noise
-    noises: tuple = ("coloured", "car")  # kinds to draw from: coloured, car, babble (of the other clips), clatter (dishes), street (the training part of the recording), paths of audio files
+    noises: tuple = ("coloured", "car")  # kinds to draw from: coloured, car, babble (of the training's clips), clatter (dishes), street (the training part of the recording), paths of audio files
     snr_db: tuple = (5., 30.)            # range of the ratio
     silence: float = .4                  # share of clips with more silence before and after
     silence_s: tuple = (0., .8)          # range of its length on each side, s

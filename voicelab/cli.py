@@ -200,8 +200,8 @@ def _train_config(parameters, init=None):
     cfg = TrainConfig(**typed)
     return cfg if "lr" in typed else replace(cfg, lr=usual_lr(init, cfg.encoder, cfg.batch_seconds))
 
-def _learnable(a):
-    "The manifest to train on: every row is checked, but for a dataset version, whose rows were when it was made."
+def _learnable(a, cfg):
+    "The manifest to train on with a `TrainConfig`: every row is checked, but for a dataset version, whose rows were when it was made."
     from voicelab.manifest import list_versions
     from voicelab.speed import played_too_fast
     from voicelab.verify import quarantine, verify
@@ -210,19 +210,31 @@ def _learnable(a):
     problems = verify(table, shared_speakers=a.shared_speakers, ear=played_too_fast)
     for r in problems[problems.severity == "warning"].itertuples(): print(f"warning: {r.utterance_id}: {r.problem}: {r.detail}", file=sys.stderr)
     bad = [f"{r.utterance_id}: {r.problem}: {r.detail}" for r in problems[problems.severity == "error"].itertuples()]
-    if not bad: return table
-    kept, aside = quarantine(table, problems)
-    said = f"{len(aside)} of {len(table)} rows are bad: {'; '.join(bad)}"
-    if not a.skip_bad: raise InputError(f"{said}. Mend them, or go on without them: --skip-bad")
-    print(f"left out: {said}", file=sys.stderr)
-    return kept
+    if bad:
+        kept, aside = quarantine(table, problems)
+        said = f"{len(aside)} of {len(table)} rows are bad: {'; '.join(bad)}"
+        if not a.skip_bad: raise InputError(f"{said}. Mend them, or go on without them: --skip-bad")
+        print(f"left out: {said}", file=sys.stderr)
+        table = kept
+    return _without_bad(table, a.init, cfg) if a.skip_bad and "text" in table else table
+
+def _without_bad(table, init, cfg):
+    "The rows that a training takes; what it would refuse is told."
+    from voicelab.loader import BadRows, ClipStore, row_names, units
+    from voicelab.model import base_dir, load_model
+    stride = load_model(base_dir() if init == "base" else init).cfg.stride if init else cfg.stride
+    try: units(table, ClipStore(table.audio_filepath), stride)
+    except BadRows as e:
+        print(f"left out: {e}", file=sys.stderr)
+        return table[[not any(said.startswith(f"{name}: ") for said in e.rows) for name in row_names(table)]].reset_index(drop=True)
+    return table
 
 def cmd_train(a):
     "train from scratch or fine-tune"
     from voicelab.train import train
     cfg, known = _train_config(a.parameter, a.init), Path(a.out)/"run.json"
     if known.is_file() and "lr" not in _pairs(a.parameter): cfg = replace(cfg, lr=read_json(known)["train"]["lr"])            # it goes on as it began
-    _print(train(_learnable(a), a.out, cfg, init=a.init), a.json)
+    _print(train(_learnable(a, cfg), a.out, cfg, init=a.init), a.json)
 
 def cmd_runs_list(a):
     "the trainings so far: rates, size, time"
@@ -236,7 +248,10 @@ def _any_model(name, lm):
     from voicelab.lm import load_lm
     from voicelab.recognizer import load_recognizer
     run = next((p for p in (Path(name), home("runs")/name) if (p/"model.pt").is_file()), None)
-    if run is None: return load_recognizer(name, lm=lm), name
+    if run is None and any((p/"run.json").is_file() for p in (Path(name), home("runs")/name)): raise InputError(f"the run {name} has not ended: it has no model yet")
+    if run is None:
+        try: return load_recognizer(name, lm=lm), name
+        except InputError as e: raise InputError(f"{name!r} is no run; as a bundle or version: {e}") from None
     model = TorchRecognizer(run)
     if lm: model.fusion = None if lm == "none" else Fusion(load_lm(lm))
     return model, run.name
@@ -261,7 +276,7 @@ def cmd_sweep(a):
     space = parse_space(a.parameter or [])
     if not space: raise InputError("nothing to try: give -p name=a,b,c or -p name=low..high at least once")
     fixed = {k: v[1][0] for k, v in space.items() if v[0] == "list" and len(v[1]) == 1}
-    ranked = sweep(_learnable(a), a.out, {k: v for k, v in space.items() if k not in fixed}, TrainConfig(**fixed), a.trials, a.init, not a.all, lr_by_rule="lr" not in fixed)
+    ranked = sweep(_learnable(a, TrainConfig(**fixed)), a.out, {k: v for k, v in space.items() if k not in fixed}, TrainConfig(**fixed), a.trials, a.init, not a.all, lr_by_rule="lr" not in fixed)
     _print(ranked, a.json)
     return 0 if (ranked.ended == "done").any() else 1
 
@@ -281,6 +296,7 @@ def cmd_lm(a):
     from voicelab.lm import load_lm, save_lm, train_lm
     from voicelab.text import normalize
     if missing := [f for f in a.texts if not Path(f).is_file()]: raise InputError(f"no file {missing[0]}")
+    if Path(a.out).resolve() in [Path(f).resolve() for f in a.texts]: raise InputError(f"{a.out} is one of the texts; the model needs a file of its own")
     lines = [normalize(line) for f in a.texts for line in _lines(f)]
     before = load_lm(a.add_to) if a.add_to else None
     order = a.order if a.order is not None else before.order if before else 8
@@ -294,11 +310,14 @@ def _split_of(a):
     if not len(table): raise InputError(f"{a.manifest} has no rows" + (f" of split {a.split!r}" if a.split else ""))
     return table.reset_index(drop=True)
 
+_TAGS = ("slice", "noise", "accent", "age")      # to cut along, where they are there
+
 def cmd_evaluate(a):
     "corpus WER and CER with intervals and slices"
     from voicelab.evaluate import evaluate, summary
     from voicelab.recognizer import load_recognizer
     table = evaluate(_split_of(a), load_recognizer(a.model, a.precision, setting("THREADS"), lm=a.lm))
+    if unknown := [t for t in a.by if t not in table and t not in _TAGS]: raise InputError(f"no column {unknown[0]!r} to cut along; there are {', '.join(map(str, table))}")
     tags = [t for t in a.by if t in table]
     _print(dict(overall=summary(table), **{t: summary(table, by=t) for t in tags}) if a.json else summary(table), a.json)
     if not a.json:
@@ -522,7 +541,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("sweep", cmd_sweep, o("--manifest", required=True, help="manifest file or dataset version"), o("--out", required=True, help="folder of the sweep"), o("--init", help="'base' or the folder of a run to fine-tune"), o("--trials", type=int, default=8), o("--all", action="store_true", help="train all to the end; by default those that fall behind are stopped"), skip, shared,
             o("-p", "--parameter", action="append", metavar="NAME=VALUE", help="NAME=A,B,C or NAME=LOW..HIGH to try, NAME=VALUE for all trials (a table as JSON); may be repeated"))
     command("lm", cmd_lm, o("texts", nargs="+", metavar="FILE"), o("--out", required=True, help="file to write, .npz"), o("--order", type=int, help="units looked at, 1 to 9; default: 8, or that of the model to add to"), o("--add-to", help="a language model whose counts are kept"), o("--weight", type=float, default=1., help="of a count of the texts"), json=False)
-    command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=["slice", "noise", "accent", "age"], help="tag to cut along"))
+    command("evaluate", cmd_evaluate, o("manifest"), model, precision, lm, o("--split"), o("--by", action="append", default=list(_TAGS), help="tag to cut along"))
     command("runs list", cmd_runs_list)
     command("runs compare", cmd_runs_compare, o("a", help="folder or name of a run, folder of a bundle, version or alias"), o("b", help="another one"), o("manifest"), o("--split"), lm, o("--html", help="file to write: all clips that differ, with players"))
     command("transcribe", cmd_transcribe, o("files", nargs="*", metavar="FILE", help="audio files, before --keywords"), model, precision, lm, o("--keywords", nargs="*", metavar="WORD", help="words to listen for: all up to the next option, so files go before it"))

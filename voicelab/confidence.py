@@ -18,7 +18,7 @@ from .audio import read_audio
 from .augment import Augment
 from .core import InputError, read_json, write_json
 from .decode import Confidence, log_odds, prefix_beam, shares, witnesses
-from .evaluate import align
+from .evaluate import align, unit_codes
 from .noise import add_noise, noise_files
 from .recognizer import Recognizer
 from .text import decode_ids, normalize
@@ -145,7 +145,7 @@ def both_ways(
     noisy=None,          # function clips -> clips; by default `in_noise`
 ) -> pd.DataFrame:       # as `evidence`, with noise: clean or noisy
     "Evidence of clips as they are and under noise."
-    clips, people = [read_audio(p) for p in rows["audio_filepath"]], list(rows["speaker"]) if "speaker" in rows else None
+    clips, people = [read_audio(p) for p in rows["audio_filepath"]], list(unit_codes(rows.get("speaker"), len(rows)))          # a clip without a name is a person
     parts = dict(clean=clips, noisy=noisy(clips) if noisy else in_noise(clips, seed))
     return pd.concat([evidence(recognizer, c, list(rows["text"]), people).assign(noise=k) for k, c in parts.items()], ignore_index=True)
 
@@ -162,10 +162,9 @@ def calibrate(
     if not recognizer.fusion: return dict(confidence=None, merits=None, utterances=None, note="no language model, so no other readings")
     table = both_ways(recognizer, rows.sample(min(most, len(rows)), random_state=seed), seed)
     if not len(table) or (made := fit(table)) is None: return dict(confidence=None, merits=None, utterances=None, note=f"{int((~table['right'].astype(bool)).sum())} wrong words of {len(table)}: at least {_LEAST} are needed")
-    config = read_json(path)
+    unheard, config = crossed(table), read_json(path)
     config["decoder"]["confidence"] = asdict(made)
     write_json(path, config)
-    unheard = crossed(table)
     return dict(confidence=asdict(made), merits=merits(unheard), utterances=merits(utterances(unheard)), note=f"fitted to {len(table)} words of {table['person'].nunique()} people")
 
 # %% ../nbs/39_confidence.ipynb #240c5108

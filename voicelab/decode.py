@@ -192,6 +192,14 @@ class Keywords:
             if depth and (not final or node in self.ends): best = max(best, safe + depth*self.bonus - self.entry)
         return best
 
+    def worth(self,
+        ids: list,  # units of a whole text
+    ) -> float:
+        "The bonus of a text."
+        state = self.start()
+        for i in ids: state = self.step(state, i)
+        return self.score(state, final=True)
+
     def expects(self,
         state: tuple,  # as `step` gives it
         unit: int,
@@ -376,8 +384,9 @@ def decode(
     if keywords and not isinstance(keywords, Keywords): keywords = Keywords(keywords)
     beam = max(12 if keywords or nbest else 0, nbest, fusion.beam if fusion else 0)
     found = prefix_beam(log_probs, beam, keywords or None, fusion)
-    spans, frames, readings = witnesses(log_probs, found) if len(log_probs) else ([], [], [])
+    fair = [(ids, score - keywords.worth(ids)) for ids, score in found] if keywords else found          # a bonus is no evidence
+    spans, frames, readings = witnesses(log_probs, fair) if len(log_probs) else ([], [], [])
     result = make_result(log_probs, spans, duration, confidence(frames, readings) if confidence and spans else None, frame, start)
-    if confidence and spans and (whole := confidence.whole(shares(found)[0], frames)) is not None: result["confidence"] = round(whole, 4)
+    if confidence and spans and (whole := confidence.whole(shares(fair)[0], frames)) is not None: result["confidence"] = round(whole, 4)
     if nbest: result["nbest"] = [dict(text=decode_ids(ids), score=round(float(p), 4)) for (ids, _), p in zip(found, shares(found[:nbest]))]
     return result

@@ -111,6 +111,7 @@ def train_lm(
     weight: float = 1.,    # of a count of `texts`
 ) -> NGram:
     "Count texts into a model."
+    if isinstance(texts, str): raise InputError(f"texts is the text {texts[:40]!r}; it must be a list of texts")
     if not 1 <= order <= 9: raise InputError(f"order is {order}; it must be 1 to 9")
     if not 0 < weight < float("inf"): raise InputError(f"weight is {weight}; it must be above 0")
     if add_to and add_to.order != order: raise InputError(f"order is {order}, that of the model to add to is {add_to.order}; they must be equal")
@@ -152,6 +153,8 @@ def load_lm(
 ) -> NGram:
     "Read a model; raises `InputError` when there is none or it is damaged."
     try:
-        with np.load(path) as f: return NGram([(f[f"codes{k}"], f[f"counts{k}"]) for k in range(1, len(f.files) // 2 + 1)])
+        with np.load(path) as f: tables = [(f[f"codes{k}"], f[f"counts{k}"]) for k in range(1, len(f.files) // 2 + 1)]
+        if not tables: raise ValueError("no tables")
+        return NGram(tables)
     except FileNotFoundError: raise InputError(f"no language model {path}") from None
     except Exception as e: raise InputError(f"{path} is no language model or is damaged: {type(e).__name__}") from None

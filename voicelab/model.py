@@ -174,7 +174,7 @@ class PretrainedCTC(CTCModel):
         nn.Module.__init__(self)
         self.cfg = cfg
         self.encoder, self.normalize, self.alone = _encoder(cfg.encoder, download)
-        if download: self.encoder.feature_extractor.requires_grad_(False)
+        self.encoder.feature_extractor.requires_grad_(False)
         self.drop = ClipDropout(cfg.dropout)
         self.head = nn.Linear(self.encoder.encoder.feature_projection.projection.out_features, cfg.vocab)
 

@@ -16,7 +16,7 @@ from .augment import Augment
 from .core import InputError, read_json, setting
 from .loader import ClipStore, units
 from .model import base_dir, load_model, new_model
-from .train import TrainConfig, teacher, train, usual_lr
+from .train import TrainConfig, _agreed, _parts, teacher, train, usual_lr
 
 # %% ../nbs/44_sweep.ipynb #f500f7b4
 def parse_space(
@@ -41,7 +41,7 @@ def parse_space(
 
 # %% ../nbs/44_sweep.ipynb #65c63ef7
 def _draws(space, trials, seed):
-    "The settings of each trial: lists crossed while they fit, otherwise drawn; ranges always drawn."
+    "The settings of each trial: lists crossed while they fit, otherwise drawn, each cross once; ranges always drawn."
     rng = np.random.default_rng(seed)
     def draw(kind, *v):
         if kind == "list": return v[0][int(rng.integers(len(v[0])))]
@@ -51,6 +51,7 @@ def _draws(space, trials, seed):
     names = list(space)
     sizes = [len(space[n][1]) if space[n][0] == "list" else None for n in names]
     if None not in sizes and np.prod(sizes) <= trials: return [dict(zip(names, (space[n][1][i] for n, i in zip(names, at)))) for at in np.ndindex(*sizes)]
+    if None not in sizes: return [dict(zip(names, (space[n][1][i] for n, i in zip(names, np.unravel_index(at, sizes))))) for at in rng.choice(int(np.prod(sizes)), trials, replace=False)]
     return [{n: draw(*space[n]) for n in names} for _ in range(trials)]
 
 # %% ../nbs/44_sweep.ipynb #b599540d
@@ -82,6 +83,7 @@ def sweep(
     configs = {t: replace(base, **s) for t, s in drawn.items()}              # all of them make sense, before the first one starts
     for t, cfg in configs.items():
         if (out/t/"run.json").exists() and asdict(TrainConfig()) | read_json(out/t/"run.json")["train"] != asdict(cfg): raise InputError(f"{out} holds a sweep with other settings: {t} was {read_json(out/t/'run.json')['train']}; give a new folder or remove it")
+        if (out/t/"run.json").exists(): _agreed(out/t, cfg, init, *_parts(table, cfg))                          # nor other rows, nor another model to begin with
     ended = pd.read_csv(out/"sweep.csv").set_index("trial").ended.to_dict() if (out/"sweep.csv").exists() else {}     # one that was stopped stays so, unless nobody shall be
     todo = [t for t in drawn if not (out/t/"metrics.json").exists() and not (halve and ended.get(t) == "stopped")]
     if todo: _learnable(table, configs.values(), init)

@@ -25,7 +25,7 @@ from .decode import Fusion, align, greedy, word_spans
 from .evaluate import TorchRecognizer, error_table, evaluate
 from .features import fbank
 from .lm import adapt_lm, load_lm, save_lm
-from .loader import Clips, Splicer, all_rows, loader, quietest, row_names
+from .loader import Clips, as_said, Splicer, all_rows, loader, quietest, row_names
 from .model import CTCModel, ModelConfig, base_dir, load_model, new_model, save_model, valid
 from .synth import phonemes
 from .text import decode_ids, encode
@@ -72,9 +72,12 @@ class TrainConfig:
         if bad := [k for k in self.augment if k not in Augment.__dataclass_fields__]: raise InputError(f"augment has no {bad[0]!r}; it has {', '.join(Augment.__dataclass_fields__)}")
         if not 0 < self.teach < 1: raise InputError(f"teach is {self.teach}; it must be between 0 and 1")
         if self.consistency < 0 or self.plain < 0: raise InputError(f"consistency is {self.consistency} and plain is {self.plain}; they must not be below 0")
+        if not (0 <= self.warmup < 1 and 0 <= self.noise_only <= 1 and 0 <= self.masks <= 10): raise InputError(f"warmup is {self.warmup}, noise_only {self.noise_only} and masks {self.masks}; they must be 0 to below 1, 0 to 1, and 0 to 10")
+        if min(self.seed, self.workers, self.weight_decay) < 0: raise InputError(f"seed is {self.seed}, workers {self.workers} and weight_decay {self.weight_decay}; they must not be below 0")
+        if bad := {k: n for k, n in self.repeat.items() if isinstance(n, bool) or not isinstance(n, int) or n < 0}: raise InputError(f"repeat is {bad}; how often the rows of a source are heard must be a whole number, 0 or more")
         if not (0 <= self.phones < 1 and 0 <= self.splice <= 1 and self.splice_from >= 0): raise InputError(f"phones is {self.phones}, splice {self.splice} and splice_from {self.splice_from}; they must be 0 to below 1, 0 to 1, and not below 0")
         self.model         # its own checks, before anything starts
-        for name in ("epochs", "batch_seconds", "lr", "average", "check_every"):
+        for name in ("epochs", "batch_seconds", "lr", "average", "check_every", "clip_norm"):
             if not getattr(self, name) > 0: raise InputError(f"{name} is {getattr(self, name)!r}; it must be above 0")
         if self.precision not in ("auto", "32-true", "bf16-mixed"): raise InputError(f"precision is {self.precision!r}; allowed are auto, 32-true and bf16-mixed")
 
@@ -109,6 +112,7 @@ def usual_lr(
     batch_seconds: float = 60.0,  # audio seconds a step
 ) -> float:
     "A good peak learning rate of AdamW, by rule."
+    if init not in (None, "base") and (Path(init)/"config.json").is_file(): encoder = read_json(Path(init)/"config.json").get("model", {}).get("encoder", "")
     return (1e-4 if encoder else 1e-3 if init is None else 3e-4) * max(1., batch_seconds / 60) ** .5
 
 # %% ../nbs/26_train.ipynb #bbe877d4
@@ -261,7 +265,7 @@ class Keeper(pl.Callback):
             state = {k: v.detach().cpu().clone() for k, v in module.model.state_dict().items()}
             self.sum, self.n = state if self.sum is None else {k: self.sum[k] + v for k, v in state.items()}, self.n + 1
         m = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        looked = (epoch + 1) % self.cfg.check_every == 0
+        looked = (epoch + 1) % min(self.cfg.check_every, self.cfg.epochs) == 0
         row = dict(epoch=epoch + 1, step=trainer.global_step, loss=m.get("train/loss"), dev_loss=m.get("dev/loss") if looked else None,
                    dev_wer=m.get("dev/wer") if looked else None, seconds=round(seconds, 1), speed=round(module.heard / seconds))
         self.curve.append(row)
@@ -369,6 +373,9 @@ def _start(init, cfg):
     if init is None: return new_model(cfg.model, download=True).train(), None, None      # a pretrained encoder comes ready to listen
     folder = base_dir() if init == "base" else Path(init)
     model = load_model(folder)
+    for k in ("dim", "layers", "stride", "encoder"):
+        asked, has, usual = (getattr(c, k) for c in (cfg, model.cfg, TrainConfig()))
+        if asked not in (has, usual): raise InputError(f"{k} is {asked!r}, and the model to begin with, {folder}, has {has!r}: its shape stays")
     model.drop.p = cfg.dropout
     model.cfg.policy = cfg.policy or model.cfg.policy
     model.train()                      # Lightning leaves the mode as it is, and a loaded model is for listening
@@ -397,6 +404,12 @@ def _rows(table, cfg):
     times = table["source"].map(cfg.repeat).fillna(1).astype(int) if cfg.repeat and "source" in table else 1
     return table.loc[table.index.repeat(times)].reset_index(drop=True)
 
+def _parts(table, cfg):
+    "The rows to learn and those to look at, their texts in the letters of the units."
+    if "text" not in table: raise InputError(f"the manifest has no texts to learn; its columns are {', '.join(map(str, table))}")
+    table = table.assign(text=table.text.map(as_said))
+    return _rows(table[table.split == "train"], cfg), table[table.split == "dev"].reset_index(drop=True)
+
 def train(
     table,  # manifest with columns audio_filepath, duration, text, split (train and, if any, dev)
     out,  # folder of the run; a run that was interrupted there goes on
@@ -407,8 +420,7 @@ def train(
 ) -> dict:  # dev_wer, train_wer, seconds, audio_seconds_per_second, …
     "Train or fine-tune; returns and stores the run's metrics. Raises `InputError` on a manifest or folder that cannot be used."
     cfg, out = cfg or TrainConfig(), Path(out)
-    if "text" not in table: raise InputError(f"the manifest has no texts to learn; its columns are {', '.join(map(str, table))}")
-    tr, dev = _rows(table[table.split == "train"], cfg), table[table.split == "dev"].reset_index(drop=True)
+    tr, dev = _parts(table, cfg)
     if cfg.splice and "speaker" not in table: raise InputError(f"splice is {cfg.splice}, but the manifest has no column speaker; endings are exchanged between clips of one person")
     if not len(tr): raise InputError(f"the manifest has no rows with split 'train'; its splits are {sorted(table.split.unique())}")
     mine = _agreed(out, cfg, init, tr, dev)
