@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from .core import InputError, free_port, home, setting
 from .front import KeptFront, _with_parent, front_answers
@@ -53,6 +54,15 @@ def _purge_hourly(log: RequestLog):
 
 _WEDGED = 120   # seconds; no batch takes so long
 
+class _Sockets(WebSocketsSansIOProtocol):
+    "uvicorn's WebSockets; but closing one waits until its last words were read, which somebody who never reads would make for ever."
+    def keepalive_timeout(self):
+        super().keepalive_timeout()
+        self.loop.call_later(5, self.transport.abort)
+    def on_task_complete(self, task):
+        super().on_task_complete(task)
+        self.loop.call_later(15, self.transport.abort)      # the closing handshake may take ten
+
 class _Replica:
     "What Ray Serve runs and, when it dies, starts again: the web application, on a Unix socket, in a thread with an event loop of its own."
     def __init__(self, model, folder):
@@ -64,7 +74,7 @@ class _Replica:
         if self.service.models.problem: self.service.lines("error", "model", problem=self.service.models.problem)
         self.service.metrics.front.counts = lambda: front_answers(folder)
         app = add_live(build_app(self.service), self.service)
-        config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off")
+        config = uvicorn.Config(app, uds=f"{folder}/app.sock", log_level="error", access_log=False, lifespan="off", ws=_Sockets)
         self.web, self.runner = uvicorn.Server(config), asyncio.Runner(loop_factory=config.get_loop_factory())
         self.loop = self.runner.get_loop()
         self.thread = threading.Thread(target=lambda: self.runner.run(self.web.serve()), daemon=True, name="web")
